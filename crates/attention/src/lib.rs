@@ -1,0 +1,1 @@
+//! The one function through which every layer attends, and the seams that methods hang on.

@@ -1,0 +1,2 @@
+//! The antefix command.
+fn main() {}

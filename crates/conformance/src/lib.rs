@@ -1,0 +1,1 @@
+//! Case generators, comparisons and the suite that every method must pass.

@@ -1,0 +1,1 @@
+//! Jobs, sequences, batches: the scheduler, the sampler and the loop that runs a model.

@@ -1,0 +1,7 @@
+//! CPU kernels: quantised matrix products, attention over pages, norms, RoPE, a thread team.
+//!
+//! The only crate with `unsafe`. Safe outside; every kernel has a scalar twin that is its documentation and its referee.
+#![allow(unsafe_code)]
+
+mod amx;
+pub mod cpu;

@@ -1,0 +1,1 @@
+//! The KV cache: pages, segments, private tails, radix tree, memory accountant.

@@ -1,0 +1,1 @@
+//! Measurements: bench runner, perplexity, logits, reports.

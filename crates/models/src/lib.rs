@@ -1,0 +1,1 @@
+//! Model files, tokenizers, chat templates, the model store and the decoder.
