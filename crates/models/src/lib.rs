@@ -1,1 +1,8 @@
 //! Model files, tokenizers, chat templates, the model store and the decoder.
+
+pub mod error;
+pub mod files;
+pub mod format;
+pub mod gguf;
+mod map;
+pub mod spec;

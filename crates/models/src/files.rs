@@ -1,0 +1,346 @@
+//! A model's files behind one interface: what the model is, and its tensors by role.
+//!
+//! Opening checks everything a decoder relies on: all tensors are there, have the shapes the [`ModelSpec`] implies and types
+//! the kernels know, and there is no tensor we would silently ignore. Files must not be changed while they are open.
+
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::LoadError,
+    format::Format,
+    gguf::Gguf,
+    spec::{self, ModelSpec},
+};
+
+/// What a tensor is for. Numbers are layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Token embedding, `[vocab, d_model]`
+    TokenEmbd,
+    /// Weights of the last norm, `[1, d_model]`
+    OutputNorm,
+    /// Output matrix, `[vocab, d_model]`; none if tied
+    Output,
+    /// Weights of the norm before attention, `[1, d_model]`
+    AttnNorm(usize),
+    /// `[Hq D, d_model]`
+    AttnQ(usize),
+    /// `[Hk D, d_model]`
+    AttnK(usize),
+    /// `[Hk D, d_model]`
+    AttnV(usize),
+    /// `[1, Hq D]`; Qwen 2
+    AttnQBias(usize),
+    /// `[1, Hk D]`; Qwen 2
+    AttnKBias(usize),
+    /// `[1, Hk D]`; Qwen 2
+    AttnVBias(usize),
+    /// `[d_model, Hq D]`
+    AttnOut(usize),
+    /// Weights of the norm on query heads, `[1, D]`; Qwen 3, Gemma 3
+    AttnQNorm(usize),
+    /// Weights of the norm on key heads, `[1, D]`; Qwen 3, Gemma 3
+    AttnKNorm(usize),
+    /// Weights of the norm after attention, `[1, d_model]`; Gemma 3
+    AttnPostNorm(usize),
+    /// Weights of the norm before the feed-forward part, `[1, d_model]`
+    FfnNorm(usize),
+    /// `[d_ff, d_model]`
+    FfnGate(usize),
+    /// `[d_ff, d_model]`
+    FfnUp(usize),
+    /// `[d_model, d_ff]`
+    FfnDown(usize),
+    /// Weights of the norm after the feed-forward part, `[1, d_model]`; Gemma 3
+    FfnPostNorm(usize),
+}
+
+impl Role {
+    /// All roles of a model with `layers` layers, in the order a forward pass meets them.
+    pub fn all(layers: usize) -> impl Iterator<Item = Self> {
+        let layer = |l| {
+            [
+                Self::AttnNorm(l),
+                Self::AttnQ(l),
+                Self::AttnK(l),
+                Self::AttnV(l),
+                Self::AttnQBias(l),
+                Self::AttnKBias(l),
+                Self::AttnVBias(l),
+                Self::AttnQNorm(l),
+                Self::AttnKNorm(l),
+                Self::AttnOut(l),
+                Self::AttnPostNorm(l),
+                Self::FfnNorm(l),
+                Self::FfnGate(l),
+                Self::FfnUp(l),
+                Self::FfnDown(l),
+                Self::FfnPostNorm(l),
+            ]
+        };
+        std::iter::once(Self::TokenEmbd)
+            .chain((0..layers).flat_map(layer))
+            .chain([Self::OutputNorm, Self::Output])
+    }
+
+    /// `[rows, cols]` in a model, `None` if the model has no such tensor.
+    pub fn shape(self, spec: &ModelSpec) -> Option<[usize; 2]> {
+        let (d, q, kv) = (spec.d_model, spec.q_dim(), spec.kv_dim());
+        let when = |there: bool, shape: [usize; 2]| there.then_some(shape);
+        match self {
+            Self::TokenEmbd => Some([spec.vocab, d]),
+            Self::Output => when(!spec.tied, [spec.vocab, d]),
+            Self::OutputNorm | Self::AttnNorm(_) | Self::FfnNorm(_) => Some([1, d]),
+            Self::AttnQ(_) => Some([q, d]),
+            Self::AttnK(_) | Self::AttnV(_) => Some([kv, d]),
+            Self::AttnQBias(_) => when(spec.qkv_bias, [1, q]),
+            Self::AttnKBias(_) | Self::AttnVBias(_) => when(spec.qkv_bias, [1, kv]),
+            Self::AttnOut(_) => Some([d, q]),
+            Self::AttnQNorm(_) | Self::AttnKNorm(_) => when(spec.qk_norm, [1, spec.head_dim]),
+            Self::AttnPostNorm(_) | Self::FfnPostNorm(_) => when(spec.post_norms, [1, d]),
+            Self::FfnGate(_) | Self::FfnUp(_) => Some([spec.d_ff, d]),
+            Self::FfnDown(_) => Some([d, spec.d_ff]),
+        }
+    }
+
+    /// The tensor's name in GGUF files.
+    pub fn gguf_name(self) -> String {
+        let (layer, suffix) = match self {
+            Self::TokenEmbd => return "token_embd.weight".into(),
+            Self::OutputNorm => return "output_norm.weight".into(),
+            Self::Output => return "output.weight".into(),
+            Self::AttnNorm(l) => (l, "attn_norm.weight"),
+            Self::AttnQ(l) => (l, "attn_q.weight"),
+            Self::AttnK(l) => (l, "attn_k.weight"),
+            Self::AttnV(l) => (l, "attn_v.weight"),
+            Self::AttnQBias(l) => (l, "attn_q.bias"),
+            Self::AttnKBias(l) => (l, "attn_k.bias"),
+            Self::AttnVBias(l) => (l, "attn_v.bias"),
+            Self::AttnOut(l) => (l, "attn_output.weight"),
+            Self::AttnQNorm(l) => (l, "attn_q_norm.weight"),
+            Self::AttnKNorm(l) => (l, "attn_k_norm.weight"),
+            Self::AttnPostNorm(l) => (l, "post_attention_norm.weight"),
+            Self::FfnNorm(l) => (l, "ffn_norm.weight"),
+            Self::FfnGate(l) => (l, "ffn_gate.weight"),
+            Self::FfnUp(l) => (l, "ffn_up.weight"),
+            Self::FfnDown(l) => (l, "ffn_down.weight"),
+            Self::FfnPostNorm(l) => (l, "post_ffw_norm.weight"),
+        };
+        format!("blk.{layer}.{suffix}")
+    }
+}
+
+/// A matrix, `[rows, cols]` row-major, each row in blocks of `format`. Vectors have one row.
+#[derive(Debug, Clone)]
+pub struct Tensor<'a> {
+    /// How values are stored.
+    pub format: Format,
+    /// Number of rows; of outputs, for a weight matrix.
+    pub rows: usize,
+    /// Values per row; of inputs, for a weight matrix.
+    pub cols: usize,
+    /// `rows * row bytes`. Any alignment.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+/// A model on disk: a `.gguf` file, or a folder with `config.json` and safetensors.
+#[derive(Debug)]
+pub struct ModelFiles {
+    path: PathBuf,
+    spec: ModelSpec,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Gguf(Gguf),
+}
+
+/// Formats the kernels read, for error messages.
+const FORMATS: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K";
+
+impl ModelFiles {
+    /// Opens and checks a model.
+    ///
+    /// # Errors
+    /// [`LoadError`] says which file, what is wrong with it and, if we know, the way out.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        Self::from_gguf(Gguf::open(path)?, path)
+    }
+
+    /// A model in a GGUF file that is open already. `path` is for messages and [`Self::dir`].
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_gguf(gguf: Gguf, path: &Path) -> Result<Self, LoadError> {
+        let spec = spec::from_gguf(&gguf, path)?;
+        let files = Self {
+            path: path.to_owned(),
+            spec,
+            source: Source::Gguf(gguf),
+        };
+        files.check()?;
+        Ok(files)
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The path the model was opened with.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The folder of the model's files.
+    pub fn dir(&self) -> &Path {
+        match self.source {
+            Source::Gguf(_) => self.path.parent().unwrap_or(Path::new("")),
+        }
+    }
+
+    /// The GGUF file, if the model is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.source {
+            Source::Gguf(gguf) => Some(gguf),
+        }
+    }
+
+    /// A tensor, `None` if this model has none of that role (see [`Role::shape`]; also layers it does not have).
+    ///
+    /// # Errors
+    /// A missing tensor, a wrong shape, an unusable type. None of these happens after a successful [`Self::open`].
+    pub fn tensor(&self, role: Role) -> Result<Option<Tensor<'_>>, LoadError> {
+        let Some([rows, cols]) = role.shape(&self.spec) else {
+            return Ok(None);
+        };
+        match &self.source {
+            Source::Gguf(gguf) => {
+                let name = role.gguf_name();
+                let Some(info) = gguf.tensor(&name) else {
+                    return Err(LoadError::Missing {
+                        file: self.path.clone(),
+                        tensor: name,
+                    });
+                };
+                let dims = info.dims();
+                let fits = match *dims {
+                    [c] => rows == 1 && c == cols as u64,
+                    [c, r] => r == rows as u64 && c == cols as u64,
+                    _ => false,
+                };
+                if !fits {
+                    let got = dims.iter().rev().map(|&d| d as usize).collect();
+                    return Err(self.shape_error(name, [rows, cols], got));
+                }
+                let format = Format::from_ggml_type(info.ggml_type).ok_or_else(|| LoadError::Type {
+                    file: self.path.clone(),
+                    tensor: name,
+                    got: format!("number {}", info.ggml_type),
+                    supported: FORMATS,
+                })?;
+                Ok(Some(Tensor {
+                    format,
+                    rows,
+                    cols,
+                    bytes: Cow::Borrowed(info.bytes),
+                }))
+            }
+        }
+    }
+
+    fn shape_error(&self, tensor: String, want: [usize; 2], got: Vec<usize>) -> LoadError {
+        LoadError::Shape {
+            file: self.path.clone(),
+            tensor,
+            want: want.to_vec(),
+            got,
+        }
+    }
+
+    /// Every tensor the specification needs is right, and there are no others.
+    fn check(&self) -> Result<(), LoadError> {
+        let mut known = Vec::new();
+        for role in Role::all(self.spec.layers) {
+            if self.tensor(role)?.is_some() {
+                known.push(match self.source {
+                    Source::Gguf(_) => role.gguf_name(),
+                });
+            }
+        }
+        known.sort_unstable();
+        let unknown = match &self.source {
+            Source::Gguf(gguf) => gguf.tensors().map(|t| t.name).find(|&name| {
+                // Tables of RoPE angles: the first is read with the specification, the second can be computed.
+                let rope = name == "rope_freqs.weight" || name.contains("attn_rot_embd");
+                !rope && known.binary_search_by(|k| k.as_str().cmp(name)).is_err()
+            }),
+        };
+        match unknown {
+            None => Ok(()),
+            Some(name) => Err(LoadError::Unsupported {
+                file: self.path.clone(),
+                feature: format!(
+                    "tensor `{}` in a model of architecture `{}`",
+                    name,
+                    self.spec.arch.name()
+                ),
+                hint: "the model may be a variant of its architecture that is not known here",
+            }),
+        }
+    }
+
+    /// A cheap hash of what the model computes: its description, the header of its file and samples of every tensor.
+    ///
+    /// Stable across runs and machines. Two different models practically never share it; an edit of a few weights
+    /// that leaves all samples alone is not seen, so this is for cache keys, not for integrity.
+    pub fn fingerprint(&self) -> u64 {
+        const SAMPLE: usize = 64;
+        let mut hash = Fnv::new();
+        hash.bytes(format!("{:?}", self.spec).as_bytes());
+        match &self.source {
+            Source::Gguf(gguf) => {
+                hash.bytes(&(gguf.file_len() as u64).to_le_bytes());
+                hash.bytes(gguf.header());
+            }
+        }
+        for tensor in Role::all(self.spec.layers).filter_map(|role| self.tensor(role).ok().flatten()) {
+            let bytes = &*tensor.bytes;
+            hash.bytes(&(bytes.len() as u64).to_le_bytes());
+            for at in [0, bytes.len() / 2, bytes.len().saturating_sub(SAMPLE)] {
+                hash.bytes(&bytes[at..bytes.len().min(at + SAMPLE)]);
+            }
+        }
+        hash.0
+    }
+
+    /// Hint that the mapped pages are not needed for now, so that resident memory falls once weights are packed.
+    /// Tensors stay usable; reading them brings the pages back.
+    pub fn drop_pages(&self) {
+        match &self.source {
+            Source::Gguf(gguf) => gguf.drop_pages(),
+        }
+    }
+}
+
+/// FNV-1a over eight bytes at a time.
+struct Fnv(u64);
+
+impl Fnv {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.0 = (self.0 ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3);
+            self.0 ^= self.0 >> 29; // plain FNV never moves high bits down
+        }
+    }
+}
