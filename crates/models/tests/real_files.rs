@@ -58,7 +58,15 @@ fn published_files_open_and_are_what_their_cards_say() {
             bytes < len && bytes > len * 9 / 10,
             "{name}: {bytes} of {len} bytes are tensors"
         );
+        let print = files.fingerprint();
+        files.drop_pages();
+        assert_eq!(files.fingerprint(), print, "{name}: pages come back as they were");
+        prints.push(print);
     }
+    let n = prints.len();
+    prints.sort_unstable();
+    prints.dedup();
+    assert_eq!(prints.len(), n, "different models, different fingerprints");
 }
 
 #[test]
