@@ -5,3 +5,5 @@
 
 mod amx;
 pub mod cpu;
+pub mod ops;
+pub mod team;

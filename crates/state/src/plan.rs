@@ -209,7 +209,7 @@ impl Rows {
             match *seg {
                 Seg::Span { start, end, .. } => keys.extend(start..end),
                 Seg::Gather { at, len } => {
-                    keys.extend_from_slice(&self.idx[at as usize..(at + len) as usize])
+                    keys.extend_from_slice(&self.idx[at as usize..(at + len) as usize]);
                 }
             }
         }
