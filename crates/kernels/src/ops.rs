@@ -224,7 +224,9 @@ impl Rope {
             dims,
             style,
             inverse_frequencies,
-            slabs: RwLock::new(Vec::new()),
+            slabs: std::iter::repeat_with(OnceLock::new)
+                .take(MAX_POSITIONS / SLAB)
+                .collect(),
         }
     }
 
