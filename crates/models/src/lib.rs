@@ -6,3 +6,4 @@ pub mod format;
 pub mod gguf;
 mod map;
 pub mod spec;
+pub mod testing;
