@@ -8,11 +8,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use half::{bf16, f16};
+
 use crate::{
     error::LoadError,
     format::Format,
     gguf::Gguf,
-    spec::{self, ModelSpec},
+    safetensors::Folder,
+    spec::{self, Arch, ModelSpec},
 };
 
 /// What a tensor is for. Numbers are layers.
@@ -131,6 +134,85 @@ impl Role {
         };
         format!("blk.{layer}.{suffix}")
     }
+
+    /// The tensor's name in safetensors folders. `prefix` ends in `model.` in one way or another.
+    pub(crate) fn folder_name(self, arch: Arch, prefix: &str) -> String {
+        // Llama's norm "after attention" is the one before the feed-forward part; Gemma has both and names them apart.
+        let ffn_norm = if arch == Arch::Gemma3 {
+            "pre_feedforward_layernorm"
+        } else {
+            "post_attention_layernorm"
+        };
+        let (layer, name, kind) = match self {
+            Self::TokenEmbd => return format!("{prefix}embed_tokens.weight"),
+            Self::OutputNorm => return format!("{prefix}norm.weight"),
+            Self::Output if prefix.starts_with("language_model.") => {
+                return "language_model.lm_head.weight".into();
+            }
+            Self::Output => return "lm_head.weight".into(),
+            Self::AttnNorm(l) => (l, "input_layernorm", "weight"),
+            Self::AttnQ(l) => (l, "self_attn.q_proj", "weight"),
+            Self::AttnK(l) => (l, "self_attn.k_proj", "weight"),
+            Self::AttnV(l) => (l, "self_attn.v_proj", "weight"),
+            Self::AttnQBias(l) => (l, "self_attn.q_proj", "bias"),
+            Self::AttnKBias(l) => (l, "self_attn.k_proj", "bias"),
+            Self::AttnVBias(l) => (l, "self_attn.v_proj", "bias"),
+            Self::AttnOut(l) => (l, "self_attn.o_proj", "weight"),
+            Self::AttnQNorm(l) => (l, "self_attn.q_norm", "weight"),
+            Self::AttnKNorm(l) => (l, "self_attn.k_norm", "weight"),
+            Self::AttnPostNorm(l) => (l, "post_attention_layernorm", "weight"),
+            Self::FfnNorm(l) => (l, ffn_norm, "weight"),
+            Self::FfnGate(l) => (l, "mlp.gate_proj", "weight"),
+            Self::FfnUp(l) => (l, "mlp.up_proj", "weight"),
+            Self::FfnDown(l) => (l, "mlp.down_proj", "weight"),
+            Self::FfnPostNorm(l) => (l, "post_feedforward_layernorm", "weight"),
+        };
+        format!("{prefix}layers.{layer}.{name}.{kind}")
+    }
+
+    fn is_norm(self) -> bool {
+        use Role::{AttnKNorm, AttnNorm, AttnPostNorm, AttnQNorm, FfnNorm, FfnPostNorm, OutputNorm};
+        matches!(
+            self,
+            OutputNorm
+                | AttnNorm(_)
+                | AttnQNorm(_)
+                | AttnKNorm(_)
+                | AttnPostNorm(_)
+                | FfnNorm(_)
+                | FfnPostNorm(_)
+        )
+    }
+}
+
+/// Gemma's norms multiply by `1 + w`; safetensors hold `w`, GGUF files `1 + w`, as do we.
+fn plus_one(tensor: &Tensor<'_>) -> Tensor<'static> {
+    let two = |c: &[u8]| [c[0], c[1]];
+    let values: Vec<f32> = match tensor.format {
+        Format::F16 => tensor
+            .bytes
+            .chunks_exact(2)
+            .map(|c| f16::from_le_bytes(two(c)).to_f32())
+            .collect(),
+        Format::Bf16 => tensor
+            .bytes
+            .chunks_exact(2)
+            .map(|c| bf16::from_le_bytes(two(c)).to_f32())
+            .collect(),
+        // Folders have no other formats.
+        _ => tensor
+            .bytes
+            .chunks_exact(4)
+            .map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]]))
+            .collect(),
+    };
+    let bytes: Vec<u8> = values.iter().flat_map(|v| (v + 1.0).to_le_bytes()).collect();
+    Tensor {
+        format: Format::F32,
+        rows: tensor.rows,
+        cols: tensor.cols,
+        bytes: Cow::Owned(bytes),
+    }
 }
 
 /// A matrix, `[rows, cols]` row-major, each row in blocks of `format`. Vectors have one row.
@@ -157,6 +239,8 @@ pub struct ModelFiles {
 #[derive(Debug)]
 enum Source {
     Gguf(Gguf),
+    /// The prefix is what names of the language model's tensors start with.
+    Folder(Folder, &'static str),
 }
 
 /// Formats the kernels read, for error messages.
@@ -168,7 +252,11 @@ impl ModelFiles {
     /// # Errors
     /// [`LoadError`] says which file, what is wrong with it and, if we know, the way out.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        Self::from_gguf(Gguf::open(path)?, path)
+        if path.is_dir() {
+            Self::from_folder(path)
+        } else {
+            Self::from_gguf(Gguf::open(path)?, path)
+        }
     }
 
     /// A model in a GGUF file that is open already. `path` is for messages and [`Self::dir`].
@@ -181,6 +269,33 @@ impl ModelFiles {
             path: path.to_owned(),
             spec,
             source: Source::Gguf(gguf),
+        };
+        files.check()?;
+        Ok(files)
+    }
+
+    fn from_folder(dir: &Path) -> Result<Self, LoadError> {
+        let folder = Folder::open(dir)?;
+        let embd = |prefix: &&str| folder.tensor(&format!("{prefix}embed_tokens.weight"));
+        // A plain model, then the two ways in which models that also read images wrap theirs.
+        let prefixes = ["model.", "language_model.model.", "model.language_model."];
+        let prefix = prefixes.into_iter().find(|prefix| embd(prefix).is_some());
+        let missing = || LoadError::Missing {
+            file: dir.to_owned(),
+            tensor: "model.embed_tokens.weight".into(),
+        };
+        let prefix = prefix.ok_or_else(missing)?;
+        let present = spec::Present {
+            lm_head: folder
+                .tensor(&Role::Output.folder_name(Arch::Llama, prefix))
+                .is_some(),
+            vocab: embd(&prefix).and_then(|t| t.shape.first().copied()).unwrap_or(0),
+        };
+        let spec = spec::from_config(folder.config(), &present, &dir.join("config.json"))?;
+        let files = Self {
+            path: dir.to_owned(),
+            spec,
+            source: Source::Folder(folder, prefix),
         };
         files.check()?;
         Ok(files)
@@ -200,6 +315,7 @@ impl ModelFiles {
     pub fn dir(&self) -> &Path {
         match self.source {
             Source::Gguf(_) => self.path.parent().unwrap_or(Path::new("")),
+            Source::Folder(..) => &self.path,
         }
     }
 
@@ -207,6 +323,7 @@ impl ModelFiles {
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.source {
             Source::Gguf(gguf) => Some(gguf),
+            Source::Folder(..) => None,
         }
     }
 
@@ -218,47 +335,68 @@ impl ModelFiles {
         let Some([rows, cols]) = role.shape(&self.spec) else {
             return Ok(None);
         };
-        match &self.source {
+        let name = self.name(role);
+        let missing = || LoadError::Missing {
+            file: self.path.clone(),
+            tensor: name.clone(),
+        };
+        let (ggml_type, shape, bytes, type_name) = match &self.source {
             Source::Gguf(gguf) => {
-                let name = role.gguf_name();
-                let Some(info) = gguf.tensor(&name) else {
-                    return Err(LoadError::Missing {
-                        file: self.path.clone(),
-                        tensor: name,
-                    });
-                };
-                let dims = info.dims();
-                let fits = match *dims {
-                    [c] => rows == 1 && c == cols as u64,
-                    [c, r] => r == rows as u64 && c == cols as u64,
-                    _ => false,
-                };
-                if !fits {
-                    let got = dims.iter().rev().map(|&d| d as usize).collect();
-                    return Err(self.shape_error(name, [rows, cols], got));
-                }
-                let format = Format::from_ggml_type(info.ggml_type).ok_or_else(|| LoadError::Type {
-                    file: self.path.clone(),
-                    tensor: name,
-                    got: format!("number {}", info.ggml_type),
-                    supported: FORMATS,
-                })?;
-                Ok(Some(Tensor {
-                    format,
-                    rows,
-                    cols,
-                    bytes: Cow::Borrowed(info.bytes),
-                }))
+                let info = gguf.tensor(&name).ok_or_else(missing)?;
+                let shape: Vec<usize> = info.dims().iter().rev().map(|&d| d as usize).collect();
+                (
+                    Some(info.ggml_type),
+                    shape,
+                    info.bytes,
+                    format!("number {}", info.ggml_type),
+                )
             }
+            Source::Folder(folder, _) => {
+                let info = folder.tensor(&name).ok_or_else(missing)?;
+                (
+                    info.ggml_type,
+                    info.shape.to_vec(),
+                    info.bytes,
+                    format!("{:?}", info.dtype),
+                )
+            }
+        };
+        let fits = match *shape {
+            [c] => rows == 1 && c == cols,
+            [r, c] => r == rows && c == cols,
+            _ => false,
+        };
+        if !fits {
+            let want = vec![rows, cols];
+            return Err(LoadError::Shape {
+                file: self.path.clone(),
+                tensor: name,
+                want,
+                got: shape,
+            });
         }
+        let unusable = || LoadError::Type {
+            file: self.path.clone(),
+            tensor: name.clone(),
+            got: type_name,
+            supported: FORMATS,
+        };
+        let format = ggml_type.and_then(Format::from_ggml_type).ok_or_else(unusable)?;
+        let tensor = Tensor {
+            format,
+            rows,
+            cols,
+            bytes: Cow::Borrowed(bytes),
+        };
+        let shifted =
+            matches!(self.source, Source::Folder(..)) && self.spec.arch == Arch::Gemma3 && role.is_norm();
+        Ok(Some(if shifted { plus_one(&tensor) } else { tensor }))
     }
 
-    fn shape_error(&self, tensor: String, want: [usize; 2], got: Vec<usize>) -> LoadError {
-        LoadError::Shape {
-            file: self.path.clone(),
-            tensor,
-            want: want.to_vec(),
-            got,
+    fn name(&self, role: Role) -> String {
+        match &self.source {
+            Source::Gguf(_) => role.gguf_name(),
+            Source::Folder(_, prefix) => role.folder_name(self.spec.arch, prefix),
         }
     }
 
@@ -267,18 +405,27 @@ impl ModelFiles {
         let mut known = Vec::new();
         for role in Role::all(self.spec.layers) {
             if self.tensor(role)?.is_some() {
-                known.push(match self.source {
-                    Source::Gguf(_) => role.gguf_name(),
-                });
+                known.push(self.name(role));
             }
         }
         known.sort_unstable();
+        let is_unknown = |name: &&str| known.binary_search_by(|k| k.as_str().cmp(name)).is_err();
         let unknown = match &self.source {
-            Source::Gguf(gguf) => gguf.tensors().map(|t| t.name).find(|&name| {
-                // Tables of RoPE angles: the first is read with the specification, the second can be computed.
-                let rope = name == "rope_freqs.weight" || name.contains("attn_rot_embd");
-                !rope && known.binary_search_by(|k| k.as_str().cmp(name)).is_err()
-            }),
+            // Tables of RoPE angles: the first is read with the specification, the second can be computed.
+            Source::Gguf(gguf) => gguf
+                .tensors()
+                .map(|t| t.name)
+                .filter(|name| *name != "rope_freqs.weight" && !name.contains("attn_rot_embd"))
+                .find(is_unknown),
+            // Only the layers: other tensors may belong to a part that reads images.
+            Source::Folder(folder, prefix) => folder
+                .names()
+                .filter(|name| {
+                    name.strip_prefix(prefix)
+                        .is_some_and(|rest| rest.starts_with("layers."))
+                })
+                .filter(|name| !name.contains("rotary_emb.inv_freq"))
+                .find(is_unknown),
         };
         match unknown {
             None => Ok(()),
@@ -307,10 +454,13 @@ impl ModelFiles {
                 hash.bytes(&(gguf.file_len() as u64).to_le_bytes());
                 hash.bytes(gguf.header());
             }
+            // Names are fixed by the specification, types and sizes follow with the samples.
+            Source::Folder(..) => {}
         }
         for tensor in Role::all(self.spec.layers).filter_map(|role| self.tensor(role).ok().flatten()) {
             let bytes = &*tensor.bytes;
             hash.bytes(&(bytes.len() as u64).to_le_bytes());
+            hash.bytes(format!("{:?}", tensor.format).as_bytes());
             for at in [0, bytes.len() / 2, bytes.len().saturating_sub(SAMPLE)] {
                 hash.bytes(&bytes[at..bytes.len().min(at + SAMPLE)]);
             }
@@ -323,6 +473,7 @@ impl ModelFiles {
     pub fn drop_pages(&self) {
         match &self.source {
             Source::Gguf(gguf) => gguf.drop_pages(),
+            Source::Folder(folder, _) => folder.drop_pages(),
         }
     }
 }

@@ -5,5 +5,6 @@ pub mod files;
 pub mod format;
 pub mod gguf;
 mod map;
+pub mod safetensors;
 pub mod spec;
 pub mod testing;

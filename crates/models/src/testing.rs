@@ -197,15 +197,13 @@ pub fn tiny_spec(arch: Arch) -> ModelSpec {
         base: 1e4,
         ..rope.clone()
     };
-    let kind = |layer: usize| match gemma && layer.is_multiple_of(2) {
-        true => LayerKind {
-            rope: 1,
-            window: Some(12),
-        },
-        false => LayerKind {
-            rope: 0,
-            window: None,
-        },
+    let kind = |layer: usize| {
+        let (rope, window) = if gemma && layer.is_multiple_of(2) {
+            (1, Some(12))
+        } else {
+            (0, None)
+        };
+        LayerKind { rope, window }
     };
     ModelSpec {
         arch,
@@ -274,6 +272,77 @@ pub fn tiny_builder(arch: Arch, seed: u64) -> GgufBuilder {
         let (ggml_type, bytes) = weights(role, rows, cols, &mut rng);
         out = out.tensor(&role.gguf_name(), &dims, ggml_type, bytes);
     }
+    out
+}
+
+/// `config.json` of the same model in a safetensors folder.
+pub fn tiny_config(arch: Arch) -> serde_json::Value {
+    let spec = tiny_spec(arch);
+    let mut config = serde_json::json!({
+        "model_type": if arch == Arch::Gemma3 { "gemma3_text" } else { arch.name() },
+        "_name_or_path": spec.name,
+        "num_hidden_layers": spec.layers,
+        "max_position_embeddings": spec.context,
+        "hidden_size": spec.d_model,
+        "intermediate_size": spec.d_ff,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_theta": spec.ropes[0].base,
+        "tie_word_embeddings": spec.tied,
+    });
+    if arch == Arch::Gemma3 {
+        config["sliding_window"] = 12.into();
+        config["sliding_window_pattern"] = 2.into();
+        config["query_pre_attn_scalar"] = spec.head_dim.into();
+        config["rope_local_base_freq"] = 10_000.0.into();
+    }
+    config
+}
+
+/// Tensors of a safetensors folder: names, shapes, values. Every value is exact in bf16; Gemma's norms are `w`, not `1 + w`.
+pub fn tiny_tensors(arch: Arch, seed: u64) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let spec = tiny_spec(arch);
+    let mut rng = Rng(seed);
+    let tensor = |role: Role| {
+        let [rows, cols] = role.shape(&spec)?;
+        let spread = if rows == 1 {
+            0.25
+        } else {
+            (3.0 / cols as f32).sqrt()
+        };
+        let value = |_| half::bf16::from_f32(spread * rng.signed()).to_f32();
+        let shape = if rows == 1 { vec![cols] } else { vec![rows, cols] };
+        Some((
+            role.folder_name(arch, "model."),
+            shape,
+            (0..rows * cols).map(value).collect(),
+        ))
+    };
+    Role::all(spec.layers).filter_map(tensor).collect()
+}
+
+/// Writes tensors as a safetensors file, as f32 or, with `narrow`, as bf16.
+pub fn safetensors_bytes(tensors: &[(String, Vec<usize>, Vec<f32>)], narrow: bool) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    let mut data = Vec::new();
+    for (name, shape, values) in tensors {
+        let from = data.len();
+        if narrow {
+            data.extend(values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()));
+        } else {
+            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        }
+        let dtype = if narrow { "BF16" } else { "F32" };
+        let entry = serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": [from, data.len()] });
+        header.insert(name.clone(), entry);
+    }
+    let header = serde_json::Value::Object(header).to_string().into_bytes();
+    let mut out = (header.len() as u64).to_le_bytes().to_vec();
+    out.extend(header);
+    out.extend(data);
     out
 }
 

@@ -120,7 +120,7 @@ fn no_flipped_byte_panics() {
         let bytes = tiny_gguf(arch, 1);
         for _ in 0..300 {
             let mut broken = bytes.clone();
-            for _ in 0..1 + rng.bits() % 3 {
+            for _ in 0..=(rng.bits() % 3) {
                 let at = rng.bits() as usize % 12_000.min(broken.len());
                 broken[at] = rng.bits() as u8;
             }

@@ -3,6 +3,10 @@
 /// `(values per block, bytes per block)` of a ggml type number; `None` for numbers that mean nothing.
 ///
 /// More types than the kernels can compute with: a file may hold a type we cannot use in a tensor we do not need.
+#[expect(
+    clippy::match_same_arms,
+    reason = "a table reads best in the order of its numbers"
+)]
 pub(super) fn block(ggml_type: u32) -> Option<(u64, u64)> {
     Some(match ggml_type {
         0 => (1, 4),       // F32

@@ -3,11 +3,15 @@
 //! The decoder reads this and nothing else; it never asks for the architecture's name. Having a [`ModelSpec`] from
 //! [`crate::files::ModelFiles`] proves that the sizes fit together and that the file's tensors have the shapes it implies.
 
+mod config;
 mod from_gguf;
 
 use std::path::Path;
 
-pub(crate) use self::from_gguf::from_gguf;
+pub(crate) use self::{
+    config::{Present, from_config},
+    from_gguf::from_gguf,
+};
 use crate::error::LoadError;
 
 /// Names of the supported architectures, for error messages.
@@ -138,6 +142,10 @@ pub struct LayerKind {
 
 /// A decoder-only transformer with grouped-query attention and a gated feed-forward part.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts about a model, each with its own meaning"
+)]
 pub struct ModelSpec {
     /// Family.
     pub arch: Arch,
