@@ -5,5 +5,7 @@
 
 mod amx;
 pub mod cpu;
+pub mod matmul;
 pub mod ops;
+pub mod quant;
 pub mod team;

@@ -1,0 +1,205 @@
+//! Products of activations with quantised weights: `y[r, j] = sum_k x[r, k] * w[j, k]`.
+//!
+//! # The arithmetic contract
+//! The bits of an output depend on its row of activations and its row of weights, and on nothing else: not on the number of rows,
+//! on threads or on the CPU path. Per element, blocks of 32 along K ascending; `isum = sum (code - offset) * qx`, an exact i32; then
+//! `acc = fma(f32(isum), dw * dx, acc)` and, for kinds with a minimum, `acc = fma(mw, sx, acc)` with `sx = dx * f32(sum qx)`. Formats
+//! that scale 16 values do this for the first half of the block and then for the second. Weights kept as floats: one fma chain
+//! over k ascending. At the end a power of two (see `Matrix::post`) undoes the scaling of the stored f16 scales.
+//!
+//! Activations are quantised symmetrically, [`Acts`] says how; [`layout`] says how weights lie in memory.
+
+mod acts;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod buffer;
+mod layout;
+mod pack;
+mod scalar;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+pub use acts::Acts;
+
+use crate::cpu::{Cpu, Path};
+use crate::quant::{Format, QuantError};
+use crate::team::Team;
+use buffer::{Buffer, Shared};
+use layout::{BLOCK, COLS, Kind};
+
+/// What a product is computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Precision {
+    /// Quantised weights stay so and meet int8 activations; plain floats stay floats.
+    #[default]
+    Fast,
+    /// Quantised weights become f32 (4 bytes each); all products in f32.
+    F32,
+}
+
+/// Weights `[n, k]`, packed for the kernels.
+pub struct Matrix {
+    n: usize,
+    k: usize,
+    kind: Kind,
+    panel_bytes: usize,
+    len: usize,
+    /// Power of two by which every output is multiplied: the inverse of the factor put into the stored scales.
+    post: f32,
+    buffer: Buffer,
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Matrix({} x {}, {})", self.n, self.k, self.kind.name())
+    }
+}
+
+impl Matrix {
+    /// Packs `n` rows of `k` values; `bytes` is exactly what the file holds for them.
+    ///
+    /// # Errors
+    /// When the shape is empty, `k` is not a whole number of blocks, `bytes` has the wrong length, or memory is short.
+    pub fn pack(
+        _cpu: Cpu,
+        team: &Team,
+        format: Format,
+        bytes: &[u8],
+        n: usize,
+        k: usize,
+        precision: Precision,
+    ) -> Result<Matrix, QuantError> {
+        pack::pack(team, format, bytes, n, k, precision)
+    }
+
+    /// Output columns.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Values summed per output.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes of memory held.
+    pub fn bytes(&self) -> usize {
+        self.len
+    }
+
+    /// How the weights are packed, such as `U4Min`.
+    pub fn kind_name(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    fn panels(&self) -> usize {
+        self.n.div_ceil(COLS)
+    }
+
+    fn panel(&self, p: usize) -> &[u8] {
+        assert!(p < self.panels());
+        // SAFETY: the buffer holds `panels()` panels of `panel_bytes` bytes, initialised when packed.
+        unsafe { std::slice::from_raw_parts(self.buffer.ptr().add(p * self.panel_bytes), self.panel_bytes) }
+    }
+}
+
+/// A part of one product: some rows of activations, some panels of a matrix.
+pub(crate) struct Task<'a> {
+    matrix: &'a Matrix,
+    acts: &'a Acts,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    /// The whole `y: [rows, n]`; this task alone writes its rows and panels of it.
+    y: Shared<f32>,
+}
+
+impl Task<'_> {
+    /// Writes the columns of panel `p` that exist into row `r`.
+    #[inline]
+    fn store(&self, r: usize, p: usize, values: &[f32; COLS]) {
+        debug_assert!(self.rows.contains(&r) && self.panels.contains(&p));
+        let n = self.matrix.n;
+        let cols = (n - p * COLS).min(COLS);
+        // SAFETY: `y` has `acts.rows() * n` elements (checked in `matmul_many`), `r < acts.rows()`, `p * COLS + cols <= n`; no other
+        // task has this row and panel.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.y.get().add(r * n + p * COLS), cols) };
+    }
+}
+
+/// `y = acts * w^T`: `y: [acts.rows(), w.n()]`, row-major.
+///
+/// Panics when `acts.k() != w.k()` or `y` has another length.
+pub fn matmul(cpu: Cpu, team: &Team, acts: &mut Acts, w: &Matrix, y: &mut [f32]) {
+    matmul_many(cpu, team, acts, &mut [(w, y)]);
+}
+
+/// Several products with the same activations, shared out to the team at once.
+///
+/// Panics like [`matmul`].
+pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Matrix, &mut [f32])]) {
+    let rows = acts.rows();
+    for (w, y) in products.iter() {
+        assert_eq!(acts.k(), w.k, "{w:?}: activations have another k");
+        assert_eq!(y.len(), rows * w.n, "{w:?}: output is not {rows} x {}", w.n);
+    }
+    if rows == 0 {
+        return;
+    }
+    if products.iter().any(|(w, _)| w.kind.record().is_some()) {
+        let wide = cpu.path() == Path::Avx2 && rows > 1 && products.iter().any(|(w, _)| w.kind == Kind::I8);
+        acts.quantise(team, wide);
+    }
+    let acts = &*acts;
+    let mut tasks = Vec::new();
+    for (w, y) in products.iter_mut() {
+        let y = Shared::new(y.as_mut_ptr());
+        let (row_step, panel_step) = grain(team.threads(), rows, w);
+        for r in (0..rows).step_by(row_step) {
+            for p in (0..w.panels()).step_by(panel_step) {
+                let (r, p) = (r..rows.min(r + row_step), p..w.panels().min(p + panel_step));
+                tasks.push(Task {
+                    matrix: w,
+                    acts,
+                    rows: r,
+                    panels: p,
+                    y,
+                });
+            }
+        }
+    }
+    if let [task] = &tasks[..] {
+        return run(cpu, task);
+    }
+    team.run(tasks.len(), &|t| run(cpu, &tasks[t]));
+}
+
+/// Most rows of a task: what its accumulators (16 f32 per row) may take of the first cache.
+const MAX_ROWS: usize = 256;
+
+/// Rows and panels of a task: enough tasks that threads finish together, few enough that handing them out costs nothing.
+fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
+    if threads == 1 {
+        return (MAX_ROWS, w.panels());
+    }
+    let want = 8 * threads;
+    // Rows are split (in multiples of 16, at least 32) only when there are too few panels.
+    let splits = want.div_ceil(w.panels()).min(rows.div_ceil(32)).max(1);
+    let row_step = rows.div_ceil(splits).next_multiple_of(16).min(MAX_ROWS);
+    // A task of less than about 2^18 multiplications is not worth a hand-over.
+    let least = (1usize << 18).div_ceil(COLS * w.k * row_step.min(rows));
+    let panel_step = (w.panels() * splits).div_ceil(want).max(least).min(w.panels());
+    (row_step, panel_step)
+}
+
+fn run(cpu: Cpu, task: &Task<'_>) {
+    match cpu.path() {
+        Path::Scalar => scalar::run(task),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a `Cpu` of this path or a later one proves AVX2, FMA and F16C.
+        _ => unsafe { avx2::run(task) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => scalar::run(task),
+    }
+}
