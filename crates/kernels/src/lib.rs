@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod amx;
+pub mod attend;
 pub mod cpu;
 pub mod matmul;
 pub mod ops;

@@ -1,0 +1,192 @@
+//! Attention of query rows over pages of keys and values, continuing partial states.
+//!
+//! A page holds 32 rows of one (layer, KV head). Per page and row: scores, one fma chain over the dimensions each; online
+//! softmax; one fma chain over the keys for each output dimension. What a row gets depends on the row and the keys alone, never
+//! on the rows beside it, and is the same on every path.
+
+mod page;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod simd;
+
+use antefix_state::PAGE_ROWS;
+
+pub use page::{KvDtype, Page, PageLayout, PageMut, bf16_to_f32, f32_to_bf16};
+
+use crate::cpu::{Cpu, Path};
+
+/// Partial states of `R` rows, see [`antefix_state::State`]: `m: [R]`, `l: [R]`, `acc: [R, D]`.
+pub struct StateMut<'a> {
+    /// Maxima.
+    pub m: &'a mut [f32],
+    /// Sums.
+    pub l: &'a mut [f32],
+    /// Accumulators.
+    pub acc: &'a mut [f32],
+}
+
+/// The same, to be read.
+#[derive(Clone, Copy)]
+pub struct StateRef<'a> {
+    /// Maxima.
+    pub m: &'a [f32],
+    /// Sums.
+    pub l: &'a [f32],
+    /// Accumulators.
+    pub acc: &'a [f32],
+}
+
+/// Makes every row the identity.
+pub fn reset(state: &mut StateMut<'_>) {
+    state.m.fill(f32::NEG_INFINITY);
+    state.l.fill(0.0);
+    state.acc.fill(0.0);
+}
+
+/// `into` continues with the keys of `from`. A part without keys changes no bit.
+///
+/// # Panics
+/// When the shapes differ.
+pub fn merge(into: &mut StateMut<'_>, from: &StateRef<'_>) {
+    assert!(
+        into.m.len() == from.m.len() && into.acc.len() == from.acc.len(),
+        "only states of the same rows merge"
+    );
+    let dim = into.acc.len() / into.m.len().max(1);
+    for r in 0..into.m.len() {
+        if from.m[r] == f32::NEG_INFINITY {
+            continue;
+        }
+        let m = into.m[r].max(from.m[r]);
+        // The library's exp: the same function on every path.
+        let (a, b) = ((into.m[r] - m).exp(), (from.m[r] - m).exp());
+        into.m[r] = m;
+        into.l[r] = into.l[r] * a + from.l[r] * b;
+        for (x, y) in into.acc[r * dim..][..dim].iter_mut().zip(&from.acc[r * dim..]) {
+            *x = *x * a + y * b;
+        }
+    }
+}
+
+/// `out = acc / l`, `[R, D]`; zeros for rows without keys.
+///
+/// # Panics
+/// When the shapes differ.
+pub fn finish(state: &StateRef<'_>, out: &mut [f32]) {
+    assert_eq!(state.acc.len(), out.len(), "an output for each accumulator");
+    let dim = out.len() / state.m.len().max(1);
+    for (r, row) in out.chunks_exact_mut(dim.max(1)).enumerate() {
+        let l = state.l[r];
+        for (o, a) in row.iter_mut().zip(&state.acc[r * dim..]) {
+            *o = if l == 0.0 { 0.0 } else { a / l };
+        }
+    }
+}
+
+/// Buffers of a call, reused from call to call.
+#[derive(Default)]
+pub struct AttendScratch {
+    /// A page widened to f32: K `[D][32]`, then V `[32][D]`.
+    wide: Vec<f32>,
+}
+
+/// Continues the states of `R` rows over the keys of `pages`.
+///
+/// `q: [R, D]`, already multiplied by the scale; `visible[r] = (lo, hi)`: row `r` sees the absolute positions `[lo, hi)`.
+/// `pages[0]` starts at position `first`, a multiple of 32; `keys` rows in all are valid, the rest may hold anything.
+///
+/// # Panics
+/// When the shapes do not fit: always a mistake of the caller.
+pub fn attend(
+    cpu: Cpu,
+    dim: usize,
+    q: &[f32],
+    visible: &[(u32, u32)],
+    softcap: Option<f32>,
+    pages: &[Page<'_>],
+    first: u32,
+    keys: u32,
+    state: &mut StateMut<'_>,
+    scratch: &mut AttendScratch,
+) {
+    let rows = visible.len();
+    assert!(
+        dim > 0 && dim.is_multiple_of(16),
+        "head dimensions are multiples of 16"
+    );
+    assert!(
+        q.len() == rows * dim && state.acc.len() == rows * dim,
+        "q and acc are [R, D]"
+    );
+    assert!(state.m.len() == rows && state.l.len() == rows, "m and l are [R]");
+    assert!(
+        (first as usize).is_multiple_of(PAGE_ROWS),
+        "pages start at multiples of 32"
+    );
+    assert!(
+        keys as usize <= pages.len() * PAGE_ROWS,
+        "no more keys than pages hold"
+    );
+    for (i, page) in pages.iter().enumerate() {
+        page.check(dim);
+        let start = i * PAGE_ROWS;
+        if start >= keys as usize {
+            break;
+        }
+        let valid = PAGE_ROWS.min(keys as usize - start) as u32;
+        let pos = first + start as u32;
+        let sees = |v: &(u32, u32)| v.0 < pos + valid && v.1 > pos;
+        let Some(from) = visible.iter().position(sees) else {
+            continue;
+        };
+        let to = visible.iter().rposition(sees).map_or(from, |r| r + 1);
+        let tile = Tile {
+            dim,
+            q: &q[from * dim..to * dim],
+            visible: &visible[from..to],
+            softcap,
+            page: *page,
+            pos,
+            valid: valid as usize,
+        };
+        let mut part = StateMut {
+            m: &mut state.m[from..to],
+            l: &mut state.l[from..to],
+            acc: &mut state.acc[from * dim..to * dim],
+        };
+        match cpu.path() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `cpu` proves AVX2 and FMA; lengths were checked above.
+            Path::Avx2 => unsafe { simd::page_avx2(&tile, &mut part, scratch) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `cpu` proves AVX-512F; lengths were checked above.
+            Path::Avx512 | Path::Amx => unsafe { simd::page_avx512(&tile, &mut part, scratch) },
+            _ => scalar::page(&tile, &mut part),
+        }
+    }
+}
+
+/// Rows that see at least something of one page.
+struct Tile<'a> {
+    dim: usize,
+    q: &'a [f32],
+    visible: &'a [(u32, u32)],
+    softcap: Option<f32>,
+    page: Page<'a>,
+    /// Position of the page's first row.
+    pos: u32,
+    /// Its valid rows, 1..=32.
+    valid: usize,
+}
+
+impl Tile<'_> {
+    /// Keys `[lo, hi)` of the page that row `r` sees; empty if `lo >= hi`.
+    fn span(&self, r: usize) -> (usize, usize) {
+        let (lo, hi) = self.visible[r];
+        let local = |x: u32| (x.saturating_sub(self.pos) as usize).min(self.valid);
+        (local(lo), local(hi))
+    }
+}
+
+#[cfg(test)]
+mod tests;

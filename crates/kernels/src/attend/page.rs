@@ -1,0 +1,184 @@
+//! Pages: 32 keys and values of one (layer, KV head), laid out for the kernels.
+
+use antefix_state::PAGE_ROWS;
+
+/// Keys of half a page stand side by side: a vector load takes one dimension (or pair) of 16 keys.
+const HALF: usize = PAGE_ROWS / 2;
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// 16 bits; keys in pairs of dimensions, the operand order of `vdpbf16ps` and of AMX tiles.
+    Bf16,
+    /// 32 bits.
+    F32,
+}
+
+impl KvDtype {
+    /// Bytes of one value.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvDtype::Bf16 => 2,
+            KvDtype::F32 => 4,
+        }
+    }
+}
+
+/// Sizes of a page. K and V have `32 * dim` values each.
+///
+/// K bf16 `[2 halves][D/2][16 keys][2 dims]`, K f32 `[2 halves][D][16 keys]`, V row-major `[32][D]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PageLayout {
+    /// Head dimension `D`.
+    pub dim: usize,
+    /// Type of a value.
+    pub dtype: KvDtype,
+}
+
+impl PageLayout {
+    /// Values of the K part; the V part has as many.
+    pub fn part_len(self) -> usize {
+        PAGE_ROWS * self.dim
+    }
+
+    /// Bytes of a page, K and V.
+    pub fn bytes(self) -> usize {
+        2 * self.part_len() * self.dtype.bytes()
+    }
+}
+
+/// A page to be read.
+#[derive(Debug, Clone, Copy)]
+pub enum Page<'a> {
+    /// 16-bit values.
+    Bf16 {
+        /// Keys.
+        k: &'a [u16],
+        /// Values.
+        v: &'a [u16],
+    },
+    /// 32-bit values.
+    F32 {
+        /// Keys.
+        k: &'a [f32],
+        /// Values.
+        v: &'a [f32],
+    },
+}
+
+/// A page to be written.
+#[derive(Debug)]
+pub enum PageMut<'a> {
+    /// 16-bit values.
+    Bf16 {
+        /// Keys.
+        k: &'a mut [u16],
+        /// Values.
+        v: &'a mut [u16],
+    },
+    /// 32-bit values.
+    F32 {
+        /// Keys.
+        k: &'a mut [f32],
+        /// Values.
+        v: &'a mut [f32],
+    },
+}
+
+/// The nearest bf16, ties to even; NaN stays NaN.
+pub fn f32_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        return ((bits >> 16) | 0x40) as u16;
+    }
+    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+/// Exact.
+pub fn bf16_to_f32(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
+/// Place of dimension `d` of key `row` in a bf16 K part.
+fn k_bf16_at(dim: usize, row: usize, d: usize) -> usize {
+    ((row / HALF * (dim / 2) + d / 2) * HALF + row % HALF) * 2 + d % 2
+}
+
+/// Place of dimension `d` of key `row` in an f32 K part.
+fn k_f32_at(dim: usize, row: usize, d: usize) -> usize {
+    (row / HALF * dim + d) * HALF + row % HALF
+}
+
+impl Page<'_> {
+    pub(super) fn check(&self, dim: usize) {
+        let (k, v) = match self {
+            Page::Bf16 { k, v } => (k.len(), v.len()),
+            Page::F32 { k, v } => (k.len(), v.len()),
+        };
+        assert!(
+            k == PAGE_ROWS * dim && v == PAGE_ROWS * dim,
+            "a page holds 32 rows of D values, twice"
+        );
+    }
+
+    /// Dimension `d` of key `row`.
+    pub fn key(&self, dim: usize, row: usize, d: usize) -> f32 {
+        match self {
+            Page::Bf16 { k, .. } => bf16_to_f32(k[k_bf16_at(dim, row, d)]),
+            Page::F32 { k, .. } => k[k_f32_at(dim, row, d)],
+        }
+    }
+
+    /// Dimension `d` of value `row`.
+    pub fn value(&self, dim: usize, row: usize, d: usize) -> f32 {
+        match self {
+            Page::Bf16 { v, .. } => bf16_to_f32(v[row * dim + d]),
+            Page::F32 { v, .. } => v[row * dim + d],
+        }
+    }
+}
+
+impl PageMut<'_> {
+    /// Writes key and value (`[D]` each) of `row`, rounding to the page's type.
+    ///
+    /// # Panics
+    /// When `row` is not below 32 or the lengths do not fit the page.
+    pub fn write_row(&mut self, row: usize, key: &[f32], value: &[f32]) {
+        let dim = key.len();
+        assert!(row < PAGE_ROWS && value.len() == dim, "a row of a page");
+        match self {
+            PageMut::Bf16 { k, v } => {
+                for (d, &x) in key.iter().enumerate() {
+                    k[k_bf16_at(dim, row, d)] = f32_to_bf16(x);
+                }
+                for (to, &x) in v[row * dim..][..dim].iter_mut().zip(value) {
+                    *to = f32_to_bf16(x);
+                }
+            }
+            PageMut::F32 { k, v } => {
+                for (d, &x) in key.iter().enumerate() {
+                    k[k_f32_at(dim, row, d)] = x;
+                }
+                v[row * dim..][..dim].copy_from_slice(value);
+            }
+        }
+    }
+
+    /// Copies another page of the same layout.
+    ///
+    /// # Panics
+    /// When the layouts differ.
+    pub fn copy_from(&mut self, from: &Page<'_>) {
+        match (self, from) {
+            (PageMut::Bf16 { k, v }, Page::Bf16 { k: fk, v: fv }) => {
+                k.copy_from_slice(fk);
+                v.copy_from_slice(fv);
+            }
+            (PageMut::F32 { k, v }, Page::F32 { k: fk, v: fv }) => {
+                k.copy_from_slice(fk);
+                v.copy_from_slice(fv);
+            }
+            _ => unreachable!("pages of one pool have one layout"),
+        }
+    }
+}
