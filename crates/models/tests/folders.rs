@@ -1,4 +1,6 @@
 //! Safetensors folders: the same models as the GGUF ones, in one file or in parts, and broken ones.
+#![allow(clippy::unwrap_used, reason = "tests may panic")]
+
 use std::{fs, path::PathBuf};
 
 use antefix_models::{
