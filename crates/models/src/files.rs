@@ -8,212 +8,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use antefix_kernels::quant::Format;
 use half::{bf16, f16};
 
+pub use crate::role::Role;
 use crate::{
     error::LoadError,
-    format::Format,
     gguf::Gguf,
     safetensors::Folder,
     spec::{self, Arch, ModelSpec},
 };
-
-/// What a tensor is for. Numbers are layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Role {
-    /// Token embedding, `[vocab, d_model]`
-    TokenEmbd,
-    /// Weights of the last norm, `[1, d_model]`
-    OutputNorm,
-    /// Output matrix, `[vocab, d_model]`; none if tied
-    Output,
-    /// Weights of the norm before attention, `[1, d_model]`
-    AttnNorm(usize),
-    /// `[Hq D, d_model]`
-    AttnQ(usize),
-    /// `[Hk D, d_model]`
-    AttnK(usize),
-    /// `[Hk D, d_model]`
-    AttnV(usize),
-    /// `[1, Hq D]`; Qwen 2
-    AttnQBias(usize),
-    /// `[1, Hk D]`; Qwen 2
-    AttnKBias(usize),
-    /// `[1, Hk D]`; Qwen 2
-    AttnVBias(usize),
-    /// `[d_model, Hq D]`
-    AttnOut(usize),
-    /// Weights of the norm on query heads, `[1, D]`; Qwen 3, Gemma 3
-    AttnQNorm(usize),
-    /// Weights of the norm on key heads, `[1, D]`; Qwen 3, Gemma 3
-    AttnKNorm(usize),
-    /// Weights of the norm after attention, `[1, d_model]`; Gemma 3
-    AttnPostNorm(usize),
-    /// Weights of the norm before the feed-forward part, `[1, d_model]`
-    FfnNorm(usize),
-    /// `[d_ff, d_model]`
-    FfnGate(usize),
-    /// `[d_ff, d_model]`
-    FfnUp(usize),
-    /// `[d_model, d_ff]`
-    FfnDown(usize),
-    /// Weights of the norm after the feed-forward part, `[1, d_model]`; Gemma 3
-    FfnPostNorm(usize),
-}
-
-impl Role {
-    /// All roles of a model with `layers` layers, in the order a forward pass meets them.
-    pub fn all(layers: usize) -> impl Iterator<Item = Self> {
-        let layer = |l| {
-            [
-                Self::AttnNorm(l),
-                Self::AttnQ(l),
-                Self::AttnK(l),
-                Self::AttnV(l),
-                Self::AttnQBias(l),
-                Self::AttnKBias(l),
-                Self::AttnVBias(l),
-                Self::AttnQNorm(l),
-                Self::AttnKNorm(l),
-                Self::AttnOut(l),
-                Self::AttnPostNorm(l),
-                Self::FfnNorm(l),
-                Self::FfnGate(l),
-                Self::FfnUp(l),
-                Self::FfnDown(l),
-                Self::FfnPostNorm(l),
-            ]
-        };
-        std::iter::once(Self::TokenEmbd)
-            .chain((0..layers).flat_map(layer))
-            .chain([Self::OutputNorm, Self::Output])
-    }
-
-    /// `[rows, cols]` in a model, `None` if the model has no such tensor.
-    pub fn shape(self, spec: &ModelSpec) -> Option<[usize; 2]> {
-        let (d, q, kv) = (spec.d_model, spec.q_dim(), spec.kv_dim());
-        let when = |there: bool, shape: [usize; 2]| there.then_some(shape);
-        match self {
-            Self::TokenEmbd => Some([spec.vocab, d]),
-            Self::Output => when(!spec.tied, [spec.vocab, d]),
-            Self::OutputNorm | Self::AttnNorm(_) | Self::FfnNorm(_) => Some([1, d]),
-            Self::AttnQ(_) => Some([q, d]),
-            Self::AttnK(_) | Self::AttnV(_) => Some([kv, d]),
-            Self::AttnQBias(_) => when(spec.qkv_bias, [1, q]),
-            Self::AttnKBias(_) | Self::AttnVBias(_) => when(spec.qkv_bias, [1, kv]),
-            Self::AttnOut(_) => Some([d, q]),
-            Self::AttnQNorm(_) | Self::AttnKNorm(_) => when(spec.qk_norm, [1, spec.head_dim]),
-            Self::AttnPostNorm(_) | Self::FfnPostNorm(_) => when(spec.post_norms, [1, d]),
-            Self::FfnGate(_) | Self::FfnUp(_) => Some([spec.d_ff, d]),
-            Self::FfnDown(_) => Some([d, spec.d_ff]),
-        }
-    }
-
-    /// The tensor's name in GGUF files.
-    pub fn gguf_name(self) -> String {
-        let (layer, suffix) = match self {
-            Self::TokenEmbd => return "token_embd.weight".into(),
-            Self::OutputNorm => return "output_norm.weight".into(),
-            Self::Output => return "output.weight".into(),
-            Self::AttnNorm(l) => (l, "attn_norm.weight"),
-            Self::AttnQ(l) => (l, "attn_q.weight"),
-            Self::AttnK(l) => (l, "attn_k.weight"),
-            Self::AttnV(l) => (l, "attn_v.weight"),
-            Self::AttnQBias(l) => (l, "attn_q.bias"),
-            Self::AttnKBias(l) => (l, "attn_k.bias"),
-            Self::AttnVBias(l) => (l, "attn_v.bias"),
-            Self::AttnOut(l) => (l, "attn_output.weight"),
-            Self::AttnQNorm(l) => (l, "attn_q_norm.weight"),
-            Self::AttnKNorm(l) => (l, "attn_k_norm.weight"),
-            Self::AttnPostNorm(l) => (l, "post_attention_norm.weight"),
-            Self::FfnNorm(l) => (l, "ffn_norm.weight"),
-            Self::FfnGate(l) => (l, "ffn_gate.weight"),
-            Self::FfnUp(l) => (l, "ffn_up.weight"),
-            Self::FfnDown(l) => (l, "ffn_down.weight"),
-            Self::FfnPostNorm(l) => (l, "post_ffw_norm.weight"),
-        };
-        format!("blk.{layer}.{suffix}")
-    }
-
-    /// The tensor's name in safetensors folders. `prefix` ends in `model.` in one way or another.
-    pub(crate) fn folder_name(self, arch: Arch, prefix: &str) -> String {
-        // Llama's norm "after attention" is the one before the feed-forward part; Gemma has both and names them apart.
-        let ffn_norm = if arch == Arch::Gemma3 {
-            "pre_feedforward_layernorm"
-        } else {
-            "post_attention_layernorm"
-        };
-        let (layer, name, kind) = match self {
-            Self::TokenEmbd => return format!("{prefix}embed_tokens.weight"),
-            Self::OutputNorm => return format!("{prefix}norm.weight"),
-            Self::Output if prefix.starts_with("language_model.") => {
-                return "language_model.lm_head.weight".into();
-            }
-            Self::Output => return "lm_head.weight".into(),
-            Self::AttnNorm(l) => (l, "input_layernorm", "weight"),
-            Self::AttnQ(l) => (l, "self_attn.q_proj", "weight"),
-            Self::AttnK(l) => (l, "self_attn.k_proj", "weight"),
-            Self::AttnV(l) => (l, "self_attn.v_proj", "weight"),
-            Self::AttnQBias(l) => (l, "self_attn.q_proj", "bias"),
-            Self::AttnKBias(l) => (l, "self_attn.k_proj", "bias"),
-            Self::AttnVBias(l) => (l, "self_attn.v_proj", "bias"),
-            Self::AttnOut(l) => (l, "self_attn.o_proj", "weight"),
-            Self::AttnQNorm(l) => (l, "self_attn.q_norm", "weight"),
-            Self::AttnKNorm(l) => (l, "self_attn.k_norm", "weight"),
-            Self::AttnPostNorm(l) => (l, "post_attention_layernorm", "weight"),
-            Self::FfnNorm(l) => (l, ffn_norm, "weight"),
-            Self::FfnGate(l) => (l, "mlp.gate_proj", "weight"),
-            Self::FfnUp(l) => (l, "mlp.up_proj", "weight"),
-            Self::FfnDown(l) => (l, "mlp.down_proj", "weight"),
-            Self::FfnPostNorm(l) => (l, "post_feedforward_layernorm", "weight"),
-        };
-        format!("{prefix}layers.{layer}.{name}.{kind}")
-    }
-
-    fn is_norm(self) -> bool {
-        use Role::{AttnKNorm, AttnNorm, AttnPostNorm, AttnQNorm, FfnNorm, FfnPostNorm, OutputNorm};
-        matches!(
-            self,
-            OutputNorm
-                | AttnNorm(_)
-                | AttnQNorm(_)
-                | AttnKNorm(_)
-                | AttnPostNorm(_)
-                | FfnNorm(_)
-                | FfnPostNorm(_)
-        )
-    }
-}
-
-/// Gemma's norms multiply by `1 + w`; safetensors hold `w`, GGUF files `1 + w`, as do we.
-fn plus_one(tensor: &Tensor<'_>) -> Tensor<'static> {
-    let two = |c: &[u8]| [c[0], c[1]];
-    let values: Vec<f32> = match tensor.format {
-        Format::F16 => tensor
-            .bytes
-            .chunks_exact(2)
-            .map(|c| f16::from_le_bytes(two(c)).to_f32())
-            .collect(),
-        Format::Bf16 => tensor
-            .bytes
-            .chunks_exact(2)
-            .map(|c| bf16::from_le_bytes(two(c)).to_f32())
-            .collect(),
-        // Folders have no other formats.
-        _ => tensor
-            .bytes
-            .chunks_exact(4)
-            .map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]]))
-            .collect(),
-    };
-    let bytes: Vec<u8> = values.iter().flat_map(|v| (v + 1.0).to_le_bytes()).collect();
-    Tensor {
-        format: Format::F32,
-        rows: tensor.rows,
-        cols: tensor.cols,
-        bytes: Cow::Owned(bytes),
-    }
-}
 
 /// A matrix, `[rows, cols]` row-major, each row in blocks of `format`. Vectors have one row.
 #[derive(Debug, Clone)]
@@ -244,7 +48,7 @@ enum Source {
 }
 
 /// Formats the kernels read, for error messages.
-const FORMATS: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K";
+const FORMATS: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K";
 
 impl ModelFiles {
     /// Opens and checks a model.
@@ -475,6 +279,36 @@ impl ModelFiles {
             Source::Gguf(gguf) => gguf.drop_pages(),
             Source::Folder(folder, _) => folder.drop_pages(),
         }
+    }
+}
+
+/// Gemma's norms multiply by `1 + w`; safetensors hold `w`, GGUF files `1 + w`, as do we.
+fn plus_one(tensor: &Tensor<'_>) -> Tensor<'static> {
+    let two = |c: &[u8]| [c[0], c[1]];
+    let values: Vec<f32> = match tensor.format {
+        Format::F16 => tensor
+            .bytes
+            .chunks_exact(2)
+            .map(|c| f16::from_le_bytes(two(c)).to_f32())
+            .collect(),
+        Format::BF16 => tensor
+            .bytes
+            .chunks_exact(2)
+            .map(|c| bf16::from_le_bytes(two(c)).to_f32())
+            .collect(),
+        // Folders have no other formats.
+        _ => tensor
+            .bytes
+            .chunks_exact(4)
+            .map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]]))
+            .collect(),
+    };
+    let bytes: Vec<u8> = values.iter().flat_map(|v| (v + 1.0).to_le_bytes()).collect();
+    Tensor {
+        format: Format::F32,
+        rows: tensor.rows,
+        cols: tensor.cols,
+        bytes: Cow::Owned(bytes),
     }
 }
 

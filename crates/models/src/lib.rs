@@ -2,9 +2,9 @@
 
 pub mod error;
 pub mod files;
-pub mod format;
 pub mod gguf;
 mod map;
+mod role;
 pub mod safetensors;
 pub mod spec;
 pub mod testing;

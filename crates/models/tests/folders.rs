@@ -3,10 +3,10 @@
 
 use std::{fs, path::PathBuf};
 
+use antefix_kernels::quant::Format;
 use antefix_models::{
     error::LoadError,
     files::{ModelFiles, Role},
-    format::Format,
     safetensors::check_header,
     spec::{Arch, LayerKind, RopeScaling, RopeStyle},
     testing::{safetensors_bytes, tiny_config, tiny_spec, tiny_tensors},
@@ -124,7 +124,7 @@ fn gemma_norms_become_one_plus_w_and_nothing_else_does() {
         if narrow {
             assert_eq!(
                 (q.format, &q.bytes[..2]),
-                (Format::Bf16, &want.to_le_bytes()[2..])
+                (Format::BF16, &want.to_le_bytes()[2..])
             );
         } else {
             assert_eq!((q.format, &q.bytes[..4]), (Format::F32, &want.to_le_bytes()[..]));

@@ -323,6 +323,8 @@ fn descriptions_that_cannot_be_computed_are_refused_by_name() {
     refuses(set("rope.freq_base", Meta::F32(f32::NAN)), &["RoPE base"]);
     refuses(set("rope.dimension_count", u(17)), &["RoPE dimensions"]);
     refuses(set("rope.dimension_count", u(32)), &["RoPE dimensions"]);
+    // Positive, but frequencies divided by it are infinite.
+    refuses(set("rope.scaling.factor", Meta::F32(1e-40)), &["RoPE scaling"]);
     refuses(set("rope.scaling.factor", Meta::F32(-2.0)), &["RoPE scaling"]);
     refuses(
         set("attention.layer_norm_rms_epsilon", Meta::F32(f32::INFINITY)),

@@ -270,20 +270,22 @@ impl ModelSpec {
             if !(positive(rope.base) && rope.base >= 1.0) {
                 return bad("RoPE base", format!("is {}, it has to be at least 1", rope.base));
             }
+            // Far beyond what models use, and near enough that frequencies stay finite.
+            let sane = |v: f32| (1e-3..=1e9).contains(&v);
             let fine = match &rope.scaling {
                 RopeScaling::None => true,
-                RopeScaling::Linear(factor) => positive(*factor),
+                RopeScaling::Linear(factor) => sane(*factor),
                 RopeScaling::Llama3 {
                     factor,
                     low,
                     high,
                     original,
-                } => [factor, low, high, original].into_iter().all(|&v| positive(v)) && high > low,
-                RopeScaling::Factors(f) => f.len() == rope.dims / 2 && f.iter().all(|&v| positive(v)),
+                } => [factor, low, high, original].into_iter().all(|&v| sane(v)) && high > low,
+                RopeScaling::Factors(f) => f.len() == rope.dims / 2 && f.iter().all(|&v| sane(v)),
             };
             if !fine {
                 let what = format!(
-                    "is {:?}, its numbers have to be positive and fit the dimensions",
+                    "is {:?}, its numbers have to be between 1e-3 and 1e9 and fit the dimensions",
                     rope.scaling
                 );
                 return bad("RoPE scaling", what);
