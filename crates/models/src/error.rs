@@ -15,12 +15,9 @@ pub enum LoadError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{}: {source}", .file.display())]
-    Gguf {
-        file: PathBuf,
-        #[source]
-        source: GgufError,
-    },
+    // Not a `source`: the message is whole, a chain would print it twice.
+    #[error("{}: {error}", .file.display())]
+    Gguf { file: PathBuf, error: GgufError },
     #[error("{}: {what}", .file.display())]
     Safetensors { file: PathBuf, what: String },
     #[error("{}: {what}", .file.display())]

@@ -22,8 +22,8 @@ impl Bytes {
     /// # Errors
     /// Whatever the operating system says; an empty file or a folder is `InvalidInput`.
     pub(crate) fn open(path: &Path) -> std::io::Result<Self> {
-        let file = File::open(path)?;
-        let meta = file.metadata()?;
+        // Before opening: to open a pipe would wait for somebody to write.
+        let meta = std::fs::metadata(path)?;
         if !meta.is_file() || meta.len() == 0 {
             let what = if meta.is_file() {
                 "the file is empty"
@@ -32,6 +32,7 @@ impl Bytes {
             };
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));
         }
+        let file = File::open(path)?;
         // SAFETY: the mapping is private and read-only, and we never write through it. What remains is another process
         // that changes the file while we run: bytes are then wrong weights (or SIGBUS after a truncation), which the
         // documentation of `ModelFiles` rules out; every length used later was checked against this mapping's length.

@@ -343,6 +343,8 @@ fn wrong_configurations_are_refused_by_name() {
             .to_string();
         assert!(message.contains(part), "`{part}` is not in: {message}");
     }
+    let error = ModelFiles::open(&PathBuf::from("/nowhere/model.gguf")).unwrap_err();
+    assert!(matches!(error, LoadError::Io { .. }), "{error}");
     Dir::new("empty").refused(&["no model", "hint:"]);
     Dir::with("no-tensors", &tiny_config(Arch::Llama)).refused(&["no model"]);
     Dir::new("not-json")

@@ -11,9 +11,9 @@ const ARCHS: [Arch; 4] = [Arch::Llama, Arch::Qwen2, Arch::Qwen3, Arch::Gemma3];
 
 fn load(bytes: Vec<u8>) -> Result<ModelFiles, LoadError> {
     let path = "hostile.gguf";
-    let gguf = Gguf::parse(bytes).map_err(|source| LoadError::Gguf {
+    let gguf = Gguf::parse(bytes).map_err(|error| LoadError::Gguf {
         file: path.into(),
-        source,
+        error,
     })?;
     ModelFiles::from_gguf(gguf, path.as_ref())
 }

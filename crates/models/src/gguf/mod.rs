@@ -102,9 +102,9 @@ impl Gguf {
             file: path.to_owned(),
             source,
         })?;
-        Self::check(bytes).map_err(|source| LoadError::Gguf {
+        Self::check(bytes).map_err(|error| LoadError::Gguf {
             file: path.to_owned(),
-            source,
+            error,
         })
     }
 
