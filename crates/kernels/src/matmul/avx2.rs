@@ -355,8 +355,21 @@ fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_RO
             }
         }
     }
+    let post = _mm256_set1_ps(task.matrix.post);
     for (r, acc) in task.rows.clone().zip(acc.iter()) {
-        task.store(r, p, &acc.map(|v| v * task.matrix.post));
+        // SAFETY: 16 floats.
+        let acc = unsafe {
+            [
+                _mm256_loadu_ps(acc.as_ptr()),
+                _mm256_loadu_ps(acc.as_ptr().add(8)),
+            ]
+        };
+        store(
+            task,
+            r,
+            p,
+            [_mm256_mul_ps(acc[0], post), _mm256_mul_ps(acc[1], post)],
+        );
     }
 }
 
@@ -383,12 +396,7 @@ fn tile<K: Fixed, const R: usize>(
         let d = acts.d.as_ptr().add(r * all + blocks.start);
         let sum = acts.sum[parts - 1].as_ptr().add((r * all + blocks.start) * parts);
         let sx = acts.sx[parts - 1].as_ptr().add((r * all + blocks.start) * parts);
-        let mut f = [[_mm256_setzero_ps(); 2]; R];
-        for i in 0..R {
-            for side in 0..2 {
-                f[i][side] = _mm256_loadu_ps(acc[i].as_ptr().add(8 * side));
-            }
-        }
+        let acc = acc.as_mut_ptr().cast::<f32>();
         for b in 0..blocks.len() {
             for part in 0..parts {
                 let mut isum = [[_mm256_setzero_si256(); 2]; R];
@@ -406,6 +414,7 @@ fn tile<K: Fixed, const R: usize>(
                             isum[i][0] = _mm256_add_epi32(isum[i][0], _mm256_madd_epi16(w0, x));
                             isum[i][1] = _mm256_add_epi32(isum[i][1], _mm256_madd_epi16(w1, x));
                         }
+                        fence();
                     }
                 } else {
                     let span = const {
@@ -432,6 +441,7 @@ fn tile<K: Fixed, const R: usize>(
                                 pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, x));
                                 pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, x));
                             }
+                            fence();
                         }
                         for i in 0..R {
                             for side in 0..2 {
@@ -461,20 +471,26 @@ fn tile<K: Fixed, const R: usize>(
                             centre::<K>(isum[i][side], sum)
                         };
                         let dw = _mm256_mul_ps(scale[side], dx);
-                        f[i][side] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), dw, f[i][side]);
+                        let at = acc.add(i * COLS + 8 * side);
+                        let mut f = _mm256_fmadd_ps(_mm256_cvtepi32_ps(isum), dw, _mm256_loadu_ps(at));
                         if record.min {
-                            f[i][side] = _mm256_fmadd_ps(min[side], sx, f[i][side]);
+                            f = _mm256_fmadd_ps(min[side], sx, f);
                         }
+                        _mm256_storeu_ps(at, f);
                     }
+                    fence();
                 }
             }
         }
-        for i in 0..R {
-            for side in 0..2 {
-                _mm256_storeu_ps(acc[i].as_mut_ptr().add(8 * side), f[i][side]);
-            }
-        }
     }
+}
+
+/// Nothing, but the compiler does not move memory accesses across it. Left alone it gathers the loads of all groups at the start of an
+/// unrolled block and then spills most registers.
+#[inline(always)]
+fn fence() {
+    // SAFETY: no instruction.
+    unsafe { std::arch::asm!("", options(nostack, preserves_flags)) };
 }
 
 /// `R` rows from row `r` against a panel of plain floats.

@@ -27,7 +27,7 @@ use crate::cpu::{Cpu, Path};
 use crate::quant::{Format, QuantError};
 use crate::team::Team;
 use buffer::{Buffer, Shared};
-use layout::{BLOCK, COLS, Kind};
+use layout::{COLS, Kind};
 
 /// What a product is computed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
