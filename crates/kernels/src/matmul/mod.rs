@@ -11,7 +11,11 @@
 
 mod acts;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod buffer;
 mod layout;
 mod pack;
@@ -197,8 +201,14 @@ fn run(cpu: Cpu, task: &Task<'_>) {
     match cpu.path() {
         Path::Scalar => scalar::run(task),
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a `Cpu` of this path or a later one proves AVX2, FMA and F16C.
-        _ => unsafe { avx2::run(task) },
+        // SAFETY: a `Cpu` of this path proves AVX2, FMA and F16C.
+        Path::Avx2 => unsafe { avx2::run(task) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a `Cpu` of this path proves AVX-512 F, BW, DQ, VL and VNNI.
+        Path::Avx512 => unsafe { avx512::run(task) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a `Cpu` of this path proves AVX-512 and int8 tiles this process may use.
+        Path::Amx => unsafe { amx::run(task) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => scalar::run(task),
     }
