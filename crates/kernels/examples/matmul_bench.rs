@@ -64,7 +64,7 @@ fn main() {
                 continue;
             }
             let bytes: Vec<u8> = (0..n * format.row_bytes(k).unwrap())
-                .map(|i| (i * 2_654_435_761 >> 7) as u8 & 0x3f)
+                .map(|i| ((i * 2_654_435_761) >> 7) as u8 & 0x3f)
                 .collect();
             let pack = || Matrix::pack(cpu, &team, format, &bytes, n, k, Precision::Fast).unwrap();
             let packing = best(threads, 3, || drop(pack()));
@@ -77,7 +77,7 @@ fn main() {
                 acts.load(&x, rows, k);
                 matmul(cpu, &team, &mut acts, &w, &mut y);
             });
-            let copies: Vec<Matrix> = (0..(128 << 20) / w.bytes() + 1).map(|_| pack()).collect();
+            let copies: Vec<Matrix> = (0..=(128 << 20) / w.bytes()).map(|_| pack()).collect();
             let one = best(threads, 5, || {
                 acts.load(&x[..k], 1, k);
                 for w in &copies {

@@ -114,7 +114,7 @@ impl Acts {
             // Rows in groups of about 16 Ki values, so that a task is worth handing out.
             let group = (1usize << 14).div_ceil(k);
             team.run(rows.div_ceil(group), &|t| {
-                (t * group..rows.min((t + 1) * group)).for_each(one_row)
+                (t * group..rows.min((t + 1) * group)).for_each(one_row);
             });
         }
         self.quantised = true;

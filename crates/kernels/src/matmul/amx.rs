@@ -4,6 +4,7 @@
 //! tile goes through memory to the same float steps as on the VNNI path, so bits do not change between the two.
 
 use std::arch::asm;
+#[allow(clippy::wildcard_imports)] // Dozens of intrinsics.
 use std::arch::x86_64::*;
 
 use super::Task;

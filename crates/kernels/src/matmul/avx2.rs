@@ -7,6 +7,7 @@
 //! One row streams records from memory and unpacks them in registers. Several rows unpack a stretch of a panel once, then walk it in
 //! tiles of 4 rows x 16 columns.
 
+#[allow(clippy::wildcard_imports)] // Dozens of intrinsics.
 use std::arch::x86_64::*;
 
 use super::layout::{BLOCK, COLS, Fixed, Kind, with_kind};
@@ -62,7 +63,7 @@ unsafe fn load_codes<K: Fixed, const G: usize>(record: *const u8, side: usize) -
             return load(64 * G);
         }
         let pair = load(64 * (G / 2));
-        let low = if G % 2 == 0 {
+        let low = if G.is_multiple_of(2) {
             pair
         } else {
             _mm256_srli_epi16::<4>(pair)
@@ -402,19 +403,20 @@ fn tile<K: Fixed, const R: usize>(
                 let mut isum = [[_mm256_setzero_si256(); 2]; R];
                 if record.bits == 8 {
                     let w = w.codes.as_ptr().add(1024 * b);
-                    for pair in 0..16 {
-                        let w0 = _mm256_load_si256(w.add(64 * pair).cast());
-                        let w1 = _mm256_load_si256(w.add(64 * pair + 32).cast());
-                        for i in 0..R {
-                            let x = q16
-                                .add((i * all + b) * BLOCK + 2 * pair)
-                                .cast::<i32>()
-                                .read_unaligned();
-                            let x = _mm256_set1_epi32(x);
-                            isum[i][0] = _mm256_add_epi32(isum[i][0], _mm256_madd_epi16(w0, x));
-                            isum[i][1] = _mm256_add_epi32(isum[i][1], _mm256_madd_epi16(w1, x));
+                    for four in 0..opaque(4) {
+                        for pair in 4 * four..4 * four + 4 {
+                            let w0 = _mm256_load_si256(w.add(64 * pair).cast());
+                            let w1 = _mm256_load_si256(w.add(64 * pair + 32).cast());
+                            for (i, isum) in isum.iter_mut().enumerate() {
+                                let x = q16
+                                    .add((i * all + b) * BLOCK + 2 * pair)
+                                    .cast::<i32>()
+                                    .read_unaligned();
+                                let x = _mm256_set1_epi32(x);
+                                isum[0] = _mm256_add_epi32(isum[0], _mm256_madd_epi16(w0, x));
+                                isum[1] = _mm256_add_epi32(isum[1], _mm256_madd_epi16(w1, x));
+                            }
                         }
-                        fence();
                     }
                 } else {
                     let span = const {
@@ -427,7 +429,7 @@ fn tile<K: Fixed, const R: usize>(
                     let groups = 8 / parts;
                     for s in 0..groups / span {
                         let mut pairs = [[_mm256_setzero_si256(); 2]; R];
-                        for g in 0..span {
+                        for g in 0..opaque(span) {
                             let g = part * groups + s * span + g;
                             let w = w.codes.as_ptr().add(512 * b + 64 * g);
                             let w0 = _mm256_load_si256(w.cast());
@@ -441,12 +443,11 @@ fn tile<K: Fixed, const R: usize>(
                                 pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, x));
                                 pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, x));
                             }
-                            fence();
                         }
-                        for i in 0..R {
+                        for (isum, pairs) in isum.iter_mut().zip(pairs) {
                             for side in 0..2 {
-                                let wide = _mm256_madd_epi16(pairs[i][side], ones);
-                                isum[i][side] = _mm256_add_epi32(isum[i][side], wide);
+                                isum[side] =
+                                    _mm256_add_epi32(isum[side], _mm256_madd_epi16(pairs[side], ones));
                             }
                         }
                     }
@@ -478,19 +479,19 @@ fn tile<K: Fixed, const R: usize>(
                         }
                         _mm256_storeu_ps(at, f);
                     }
-                    fence();
                 }
             }
         }
     }
 }
 
-/// Nothing, but the compiler does not move memory accesses across it. Left alone it gathers the loads of all groups at the start of an
-/// unrolled block and then spills most registers.
-#[inline(always)]
-fn fence() {
+/// `n`, but the compiler does not know that it is: a loop over it stays a loop. Unrolled, its loads are gathered at the start and most
+/// registers spilled.
+#[inline]
+fn opaque(mut n: usize) -> usize {
     // SAFETY: no instruction.
-    unsafe { std::arch::asm!("", options(nostack, preserves_flags)) };
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) n, options(pure, nomem, nostack, preserves_flags)) };
+    n
 }
 
 /// `R` rows from row `r` against a panel of plain floats.

@@ -3,6 +3,7 @@
 //! Signed bytes become codes by flipping their top bit (+ 128), so every kind has unsigned codes and an offset; 255 * 127 * 32 is far
 //! inside an i32. One row streams records from memory; several rows unpack a stretch of a panel once, then walk it in tiles of 8 rows.
 
+#[allow(clippy::wildcard_imports)] // Dozens of intrinsics.
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -76,7 +77,7 @@ unsafe fn load_codes<K: Fixed, const G: usize>(record: *const u8) -> __m512i {
             return _mm512_xor_si512(load(64 * G), _mm512_set1_epi8(-128));
         }
         let pair = load(64 * (G / 2));
-        let low = if G % 2 == 0 {
+        let low = if G.is_multiple_of(2) {
             pair
         } else {
             _mm512_srli_epi16::<4>(pair)
@@ -307,8 +308,8 @@ fn tile<K: Fixed, const R: usize>(
     // `blocks.len()` blocks; `acc` has `R` rows.
     unsafe {
         let q = acts.q.as_ptr().add((r * all + blocks.start) * BLOCK);
-        for i in 0..R {
-            f[i] = _mm512_loadu_ps(acc[i].as_ptr());
+        for (f, acc) in f.iter_mut().zip(acc.iter()) {
+            *f = _mm512_loadu_ps(acc.as_ptr());
         }
         for b in 0..blocks.len() {
             for part in 0..parts {
@@ -323,13 +324,13 @@ fn tile<K: Fixed, const R: usize>(
                         isum[i] = _mm512_dpbusd_epi32(isum[i], codes, _mm512_set1_epi32(x));
                     }
                 }
-                for i in 0..R {
-                    f[i] = update::<K>(task, w, r + i, blocks.start + b, b, part, isum[i], f[i]);
+                for (i, (f, isum)) in f.iter_mut().zip(isum).enumerate() {
+                    *f = update::<K>(task, w, r + i, blocks.start + b, b, part, isum, *f);
                 }
             }
         }
-        for i in 0..R {
-            _mm512_storeu_ps(acc[i].as_mut_ptr(), f[i]);
+        for (acc, f) in acc.iter_mut().zip(f) {
+            _mm512_storeu_ps(acc.as_mut_ptr(), f);
         }
     }
 }
