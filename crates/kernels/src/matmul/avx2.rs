@@ -434,14 +434,14 @@ fn tile<K: Fixed, const R: usize>(
                             let w = w.codes.as_ptr().add(512 * b + 64 * g);
                             let w0 = _mm256_load_si256(w.cast());
                             let w1 = _mm256_load_si256(w.add(32).cast());
-                            for i in 0..R {
+                            for (i, pairs) in pairs.iter_mut().enumerate() {
                                 let x = q
                                     .add((i * all + b) * BLOCK + 4 * g)
                                     .cast::<i32>()
                                     .read_unaligned();
                                 let x = _mm256_set1_epi32(x);
-                                pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, x));
-                                pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, x));
+                                pairs[0] = _mm256_add_epi16(pairs[0], _mm256_maddubs_epi16(w0, x));
+                                pairs[1] = _mm256_add_epi16(pairs[1], _mm256_maddubs_epi16(w1, x));
                             }
                         }
                         for (isum, pairs) in isum.iter_mut().zip(pairs) {

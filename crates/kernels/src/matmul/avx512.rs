@@ -316,12 +316,12 @@ fn tile<K: Fixed, const R: usize>(
                 let mut isum = [_mm512_setzero_si512(); R];
                 for g in part * 8 / parts..(part + 1) * 8 / parts {
                     let codes = _mm512_load_si512(w.codes.as_ptr().add(CODES * b + 64 * g).cast());
-                    for i in 0..R {
+                    for (i, isum) in isum.iter_mut().enumerate() {
                         let x = q
                             .add((i * all + b) * BLOCK + 4 * g)
                             .cast::<i32>()
                             .read_unaligned();
-                        isum[i] = _mm512_dpbusd_epi32(isum[i], codes, _mm512_set1_epi32(x));
+                        *isum = _mm512_dpbusd_epi32(*isum, codes, _mm512_set1_epi32(x));
                     }
                 }
                 for (i, (f, isum)) in f.iter_mut().zip(isum).enumerate() {
