@@ -7,4 +7,5 @@ mod map;
 mod role;
 pub mod safetensors;
 pub mod spec;
+pub mod store;
 pub mod testing;
