@@ -180,10 +180,13 @@ pub(super) fn join(
             }
             hash.update(&buffer[..n]);
             out.write_all(&buffer[..n]).map_err(at(target))?;
-            progress(Progress::Writing {
-                done,
-                total: alias.bytes,
-            });
+            // Reads are short; a report per megabyte is enough.
+            if done == alias.bytes || done >> 20 > (done - n as u64) >> 20 {
+                progress(Progress::Writing {
+                    done,
+                    total: alias.bytes,
+                });
+            }
         }
     }
     out.sync_all().map_err(at(target))?;

@@ -1,0 +1,32 @@
+# The menu of this repository.
+_default:
+    @just --list
+
+# everything CI runs, cheapest first
+ci:
+    .ci/run
+
+# format the code
+fmt:
+    cargo fmt --all
+
+# lints, and the rules that no compiler checks
+lint:
+    cargo clippy --workspace --all-targets -- -D warnings
+    cargo xtask tidy
+
+# tests whose name contains FILTER
+test FILTER="":
+    cargo test --workspace --release -- {{FILTER}}
+
+# a folder for a new paper: just new-paper flex_prefill
+new-paper SLUG:
+    cargo xtask new-paper {{SLUG}}
+
+# the reference documentation
+docs:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace
+
+# licences, duplicates and sources of the dependencies
+deny:
+    cargo deny check licenses bans sources
