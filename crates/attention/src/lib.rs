@@ -1,1 +1,7 @@
 //! The one function through which every layer attends, and the seams that methods hang on.
+
+mod attend;
+mod sharing;
+
+pub use attend::{AttendError, Geometry, Scratch, attend};
+pub use sharing::{SeqRows, Sharing};

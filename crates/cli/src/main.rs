@@ -1,2 +1,96 @@
 //! The antefix command.
-fn main() {}
+
+mod commands;
+mod failure;
+mod model;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use failure::Failure;
+
+/// Run language models on this machine's CPU: exact, fast, and the same answer whatever is cached.
+#[derive(Parser)]
+#[command(name = "antefix", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer one prompt; pulls the default model on first use
+    Run(commands::run::Args),
+    /// Talk to a model
+    Chat(commands::chat::Args),
+    /// Measure prompt and decoding speed, alone and behind a shared prefix
+    Bench(commands::bench::Args),
+    /// Perplexity of a text file, with llama-perplexity's windowing
+    Perplexity(commands::perplexity::Args),
+    /// Raw logits of a prompt
+    Logits(commands::logits::Args),
+    /// Token ids of a text file
+    Tokenize(commands::tokenize::Args),
+    /// Text of token ids
+    Detokenize(commands::tokenize::DetokenizeArgs),
+    /// List, pull, show and remove models
+    Models(commands::models::Args),
+    /// What would run: model facts, memory, kernels
+    Explain(commands::explain::Args),
+    /// What this machine can do, with measured ceilings
+    Doctor(commands::doctor::Args),
+    /// Completions for a shell, on standard output
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The manual page, on standard output
+    Man,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse(); // exits with 2 on bad usage
+    let done = match cli.command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Bench(args) => commands::bench::run(&args),
+        Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Logits(args) => commands::logits::run(&args),
+        Command::Tokenize(args) => commands::tokenize::run(&args),
+        Command::Detokenize(args) => commands::tokenize::detokenize(&args),
+        Command::Models(args) => commands::models::run(args),
+        Command::Explain(args) => commands::explain::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "antefix", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => man(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough.
+        Err(failure) if failure.is_closed_pipe() => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("antefix: {failure}");
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+fn man() -> Result<(), Failure> {
+    clap_mangen::Man::new(Cli::command())
+        .render(&mut std::io::stdout())
+        .map_err(Failure::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,1 +1,16 @@
 //! Jobs, sequences, batches: the scheduler, the sampler and the loop that runs a model.
+//!
+//! The engine never blocks and owns no thread: [`Engine::step`] runs one batch and reports what happened through events.
+
+mod engine;
+mod job;
+mod sampler;
+mod schedule;
+mod session;
+mod stop;
+
+pub use engine::{Done, Engine, EngineError, Event, Options, StepReport, Usage};
+pub use job::{Job, JobError, RawJob};
+pub use sampler::{RawSampling, Sampler, Sampling, SamplingError, argmax, log_softmax_at};
+pub use schedule::{Batch, Budget, Part, SeqId, SeqView, schedule};
+pub use session::Session;

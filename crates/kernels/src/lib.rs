@@ -8,5 +8,6 @@ pub mod attend;
 pub mod cpu;
 pub mod matmul;
 pub mod ops;
+pub mod probe;
 pub mod quant;
 pub mod team;

@@ -195,7 +195,7 @@ pub enum RopeStyle {
 pub struct Rope {
     dims: usize,
     style: RopeStyle,
-    inverse_frequencies: Vec<f64>,
+    frequencies: Vec<f64>,
     /// Positions in slabs of [`SLAB`]: `[SLAB][dims / 2]` pairs of (cos, sin), each computed when first needed.
     slabs: Box<[OnceLock<Vec<(f32, f32)>>]>,
 }
@@ -207,23 +207,12 @@ const SLAB: usize = 256;
 pub const MAX_POSITIONS: usize = 1 << 20;
 
 impl Rope {
-    /// `dims` of each head turn (the first ones), at `base^(-2i/dims) / divisors[i] / linear` radians a position.
-    ///
-    /// # Panics
-    /// When `dims` is odd or `divisors` has not `dims / 2` entries.
-    pub fn new(dims: usize, base: f32, divisors: Option<&[f32]>, linear: f32, style: RopeStyle) -> Self {
-        assert!(dims.is_multiple_of(2), "dimensions turn in pairs");
-        assert!(divisors.is_none_or(|d| d.len() == dims / 2), "one divisor a pair");
-        let inverse_frequencies = (0..dims / 2)
-            .map(|i| {
-                let divisor = divisors.map_or(1.0, |d| f64::from(d[i]));
-                f64::from(base).powf(-2.0 * i as f64 / dims as f64) / divisor / f64::from(linear)
-            })
-            .collect();
+    /// Pair `i` of each head turns by `frequencies[i]` radians a position: the first `2 * frequencies.len()` dimensions.
+    pub fn new(frequencies: &[f32], style: RopeStyle) -> Self {
         Self {
-            dims,
+            dims: frequencies.len() * 2,
             style,
-            inverse_frequencies,
+            frequencies: frequencies.iter().copied().map(f64::from).collect(),
             slabs: std::iter::repeat_with(OnceLock::new)
                 .take(MAX_POSITIONS / SLAB)
                 .collect(),
@@ -234,7 +223,7 @@ impl Rope {
         self.slabs[index].get_or_init(|| {
             (index * SLAB..(index + 1) * SLAB)
                 .flat_map(|pos| {
-                    self.inverse_frequencies.iter().map(move |f| {
+                    self.frequencies.iter().map(move |f| {
                         let (sin, cos) = (pos as f64 * f).sin_cos();
                         (cos as f32, sin as f32)
                     })
@@ -345,7 +334,8 @@ mod tests {
     #[test]
     fn rotation_keeps_lengths_and_depends_on_distance_only() {
         for style in [RopeStyle::Neox, RopeStyle::Interleaved] {
-            let rope = Rope::new(16, 10_000.0, None, 1.0, style);
+            let frequencies: Vec<f32> = (0..8).map(|i| 1e4f32.powf(-f64::from(i) as f32 / 8.0)).collect();
+            let rope = Rope::new(&frequencies, style);
             let dot = |p: u32, q: u32| -> f32 {
                 let (mut a, mut b) = (wave(20), wave(40)[20..].to_vec());
                 rope.apply(&mut a, 20, p);
@@ -364,9 +354,10 @@ mod tests {
 
     #[test]
     fn styles_are_permutations_of_each_other() {
+        let frequencies = [1.0, 0.3, 0.05, 0.001];
         let (neox, inter) = (
-            Rope::new(8, 100.0, Some(&[1.0, 2.0, 1.0, 4.0]), 2.0, RopeStyle::Neox),
-            Rope::new(8, 100.0, Some(&[1.0, 2.0, 1.0, 4.0]), 2.0, RopeStyle::Interleaved),
+            Rope::new(&frequencies, RopeStyle::Neox),
+            Rope::new(&frequencies, RopeStyle::Interleaved),
         );
         let x = wave(8);
         let mut a = x.clone();

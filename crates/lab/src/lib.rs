@@ -1,1 +1,24 @@
-//! Measurements: bench runner, perplexity, logits, reports.
+//! Measurements: bench runner, perplexity, logits. Every figure that the documentation quotes comes out of here.
+
+pub mod bench;
+pub mod logits;
+pub mod perplexity;
+
+/// Peak resident memory of this process in bytes, where the system tells.
+pub fn peak_rss() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Median of the values; 0 for none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut v = values.to_vec();
+    v.sort_by(f64::total_cmp);
+    match v.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => v[n / 2],
+        n => f64::midpoint(v[n / 2 - 1], v[n / 2]),
+    }
+}

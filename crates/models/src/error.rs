@@ -42,6 +42,13 @@ pub enum LoadError {
         key: String,
         what: String,
     },
+    #[error("{}: tensor `{tensor}` cannot be used: {source}", .file.display())]
+    Tensor {
+        file: PathBuf,
+        tensor: String,
+        #[source]
+        source: antefix_kernels::quant::QuantError,
+    },
     #[error("{}: tensor `{tensor}` is missing", .file.display())]
     Missing { file: PathBuf, tensor: String },
     #[error("{}: tensor `{tensor}` is {got:?}, the configuration needs {want:?}", .file.display())]

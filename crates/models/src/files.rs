@@ -105,6 +105,23 @@ impl ModelFiles {
         Ok(files)
     }
 
+    /// The error for a tensor that the model cannot do without.
+    pub(crate) fn missing(&self, role: Role) -> LoadError {
+        LoadError::Missing {
+            file: self.path.clone(),
+            tensor: self.name(role),
+        }
+    }
+
+    /// The error for a tensor whose contents the kernels refuse.
+    pub(crate) fn bad_tensor(&self, role: Role, source: antefix_kernels::quant::QuantError) -> LoadError {
+        LoadError::Tensor {
+            file: self.path.clone(),
+            tensor: self.name(role),
+            source,
+        }
+    }
+
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec

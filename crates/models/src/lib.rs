@@ -1,5 +1,6 @@
 //! Model files, tokenizers, chat templates, the model store and the decoder.
 
+pub mod decoder;
 pub mod error;
 pub mod files;
 pub mod gguf;
@@ -8,4 +9,6 @@ mod role;
 pub mod safetensors;
 pub mod spec;
 pub mod store;
+pub mod template;
 pub mod testing;
+pub mod tokenizer;

@@ -520,3 +520,17 @@ impl Vocabulary {
         out
     }
 }
+
+/// The file of a pulled model, if this machine has it: in `ANTEFIX_TEST_MODELS` or in the model store's folder.
+pub fn model(alias: &str) -> Option<std::path::PathBuf> {
+    let home = std::env::var_os("ANTEFIX_HOME")
+        .map(std::path::PathBuf::from)
+        .or_else(|| {
+            let cache = std::env::var_os("XDG_CACHE_HOME").map(std::path::PathBuf::from);
+            let cache =
+                cache.or_else(|| Some(std::path::PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
+            Some(cache?.join("antefix"))
+        });
+    let file = home?.join("models").join(alias).join("model.gguf");
+    file.exists().then_some(file)
+}

@@ -1,0 +1,45 @@
+//! One file per command.
+
+pub(crate) mod bench;
+pub(crate) mod chat;
+pub(crate) mod doctor;
+pub(crate) mod explain;
+pub(crate) mod logits;
+pub(crate) mod models;
+pub(crate) mod perplexity;
+pub(crate) mod run;
+pub(crate) mod tokenize;
+
+use std::io::Write;
+
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+/// One JSON value on a line of its own.
+fn json_line(value: &impl Serialize) -> Result<(), Failure> {
+    let line = serde_json::to_string(value).map_err(Failure::other)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    out.flush()?;
+    Ok(())
+}
+
+/// A line of text.
+fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
+    writeln!(std::io::stdout().lock(), "{text}")?;
+    Ok(())
+}
+
+/// Reads a file, `-` for standard input.
+fn read(file: &std::path::Path) -> Result<Vec<u8>, Failure> {
+    let bytes = if file == std::path::Path::new("-") {
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut std::io::stdin().lock(), &mut bytes).map(|_| bytes)
+    } else {
+        std::fs::read(file)
+    };
+    bytes.map_err(|e| {
+        Failure::Input(anyhow::Error::new(e).context(format!("`{}` cannot be read", file.display())))
+    })
+}

@@ -1,0 +1,173 @@
+//! `antefix run`: one prompt, one answer.
+
+use std::io::Write;
+
+use antefix_engine::{Engine, Event, Job, RawJob, RawSampling, Usage};
+use antefix_models::template::Message;
+use antefix_models::tokenizer::Specials;
+use anyhow::anyhow;
+
+use crate::failure::Failure;
+use crate::model::{Loaded, ModelArgs, RunArgs};
+
+/// How to choose tokens: llama.cpp's names; greedy by default.
+#[derive(clap::Args, Clone)]
+pub(crate) struct SamplingArgs {
+    /// 0 takes the most likely token, always
+    #[arg(long, default_value_t = RawSampling::default().temperature)]
+    temperature: f32,
+    /// Keep the k best tokens; 0 = all
+    #[arg(long, default_value_t = RawSampling::default().top_k)]
+    top_k: usize,
+    /// Keep the smallest set of tokens with this mass
+    #[arg(long, default_value_t = RawSampling::default().top_p)]
+    top_p: f32,
+    /// Drop tokens below this fraction of the best one's probability
+    #[arg(long, default_value_t = RawSampling::default().min_p)]
+    min_p: f32,
+    /// Locally typical mass
+    #[arg(long, default_value_t = RawSampling::default().typical)]
+    typical: f32,
+    /// Divides the logits of recent tokens
+    #[arg(long, default_value_t = RawSampling::default().repeat_penalty)]
+    repeat_penalty: f32,
+    /// Subtracted once from tokens that occurred
+    #[arg(long, default_value_t = RawSampling::default().presence_penalty, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Subtracted per occurrence
+    #[arg(long, default_value_t = RawSampling::default().frequency_penalty, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// ID=BIAS, added to that token's logit; repeatable
+    #[arg(long, value_parser = bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Seed of the request's generator
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let (id, bias) = text.split_once('=').ok_or("write ID=BIAS, for example 42=-1.5")?;
+    Ok((
+        id.parse().map_err(|_| format!("`{id}` is no token id"))?,
+        bias.parse().map_err(|_| format!("`{bias}` is no number"))?,
+    ))
+}
+
+impl SamplingArgs {
+    pub(crate) fn raw(&self) -> RawSampling {
+        RawSampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical: self.typical,
+            repeat_penalty: self.repeat_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+            ..RawSampling::default()
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    run: RunArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Tokens of the answer at most
+    #[arg(short = 'n', long, default_value_t = 512)]
+    max_tokens: usize,
+    /// End at this text; repeatable
+    #[arg(long)]
+    stop: Vec<String>,
+    /// The prompt as it is, without the chat template; special tokens in it count
+    #[arg(long)]
+    raw: bool,
+    /// System message
+    #[arg(long, conflicts_with = "raw")]
+    system: Option<String>,
+    /// Tokens of prompt and answer at most
+    #[arg(long)]
+    ctx: Option<usize>,
+    /// The prompt; `-` reads standard input
+    prompt: String,
+}
+
+pub(crate) fn run(args: Args) -> Result<(), Failure> {
+    let prompt = if args.prompt == "-" {
+        String::from_utf8(super::read(std::path::Path::new("-"))?)
+            .map_err(|_| Failure::Input(anyhow!("standard input is not UTF-8")))?
+    } else {
+        args.prompt
+    };
+    let loaded = Loaded::new(&args.model, &args.run)?;
+    let template = if args.raw { None } else { loaded.template()? };
+    let tokens = match template {
+        Some(template) => {
+            let system = args.system.map(|s| Message::new("system", s));
+            let messages: Vec<Message> = system.into_iter().chain([Message::new("user", prompt)]).collect();
+            let text = template.render(&messages, None, true).map_err(Failure::input)?;
+            loaded.tokenizer.encode_prompt(&text)
+        }
+        None if args.raw => loaded.tokenizer.encode_prompt(&prompt),
+        None => {
+            let bos = loaded.tokenizer.bos().filter(|_| loaded.tokenizer.add_bos());
+            bos.into_iter()
+                .chain(loaded.tokenizer.encode(&prompt, Specials::Plain))
+                .collect()
+        }
+    };
+    let mut engine = loaded.engine(args.ctx)?;
+    let raw = RawJob {
+        tokens,
+        max_tokens: Some(args.max_tokens),
+        sampling: args.sampling.raw(),
+        stop: args.stop,
+        ..RawJob::default()
+    };
+    let mut out = std::io::stdout().lock();
+    answer(&mut engine, raw, &mut |text| {
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    })?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// Runs one request to its end, handing text out as it comes.
+pub(crate) fn answer(
+    engine: &mut Engine,
+    raw: RawJob,
+    show: &mut dyn FnMut(&str) -> std::io::Result<()>,
+) -> Result<Usage, Failure> {
+    let job = Job::new(raw, engine.model().spec().vocab, engine.context()).map_err(Failure::input)?;
+    let id = engine.submit(job).map_err(Failure::input)?;
+    let mut usage = Usage::default();
+    let mut events = Vec::new();
+    while !engine.is_idle() {
+        engine.step(&mut events).map_err(Failure::other)?;
+        if INTERRUPTED.swap(false, std::sync::atomic::Ordering::Relaxed) {
+            engine.cancel(id, &mut events);
+        }
+        for event in events.drain(..) {
+            match event {
+                Event::Token { text, .. } => show(&text)?,
+                Event::End {
+                    text, usage: used, ..
+                } => {
+                    show(&text)?;
+                    usage = used;
+                }
+            }
+        }
+    }
+    Ok(usage)
+}
+
+/// Set by ctrl-C in `chat`: ends the answer, not the program.
+pub(crate) static INTERRUPTED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);

@@ -1,0 +1,172 @@
+//! A request, checked: having a [`Job`] proves that it can run on the model it was made for.
+
+use crate::sampler::{RawSampling, Sampling, SamplingError};
+
+/// What a caller asks for; nothing is trusted.
+#[derive(Debug, Clone, Default)]
+pub struct RawJob {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// Tokens to generate at most; `None` = up to the model's context.
+    pub max_tokens: Option<usize>,
+    /// How to choose them.
+    pub sampling: RawSampling,
+    /// Texts at which to end.
+    pub stop: Vec<String>,
+    /// Go on after the model's end token.
+    pub ignore_eos: bool,
+    /// Requests share cached prefixes only under the same salt.
+    pub salt: u64,
+    /// Neither read nor fill the prefix cache.
+    pub no_cache: bool,
+    /// Report every drawn token's log-probability.
+    pub want_logprobs: bool,
+    /// Hand out the raw logits of every drawn token.
+    pub want_logits: bool,
+}
+
+/// Why a request cannot run.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum JobError {
+    /// No token to start from.
+    #[error(
+        "the prompt is empty\nhint: give at least one token; most models start with a begin-of-text token"
+    )]
+    Empty,
+    /// The prompt alone fills the context.
+    #[error(
+        "the prompt has {prompt} tokens, the context holds {context}\nhint: shorten it or raise the context"
+    )]
+    TooLong {
+        /// Its length.
+        prompt: usize,
+        /// The limit.
+        context: usize,
+    },
+    /// A token that the model does not have.
+    #[error("token {token} is not in the vocabulary of {vocab}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// Nothing to do.
+    #[error("`max_tokens` is 0\nhint: ask for at least 1 token")]
+    NoTokens,
+    /// It needs more memory than there is, whatever else runs.
+    #[error(
+        "the request needs {need} bytes of KV cache, the capacity is {capacity}\nhint: lower max_tokens or raise the KV capacity"
+    )]
+    Memory {
+        /// Bytes of pages.
+        need: usize,
+        /// Bytes of the pool.
+        capacity: usize,
+    },
+    /// A sampling setting.
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+}
+
+/// A request that can run.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) max_tokens: usize,
+    pub(crate) sampling: Sampling,
+    pub(crate) stop: Vec<String>,
+    pub(crate) ignore_eos: bool,
+    pub(crate) salt: u64,
+    pub(crate) no_cache: bool,
+    pub(crate) want_logprobs: bool,
+    pub(crate) want_logits: bool,
+}
+
+impl Job {
+    /// Checks `raw` against a model's vocabulary and context.
+    ///
+    /// # Errors
+    /// See [`JobError`].
+    pub fn new(raw: RawJob, vocab: usize, context: usize) -> Result<Self, JobError> {
+        let prompt = raw.tokens.len();
+        if prompt == 0 {
+            return Err(JobError::Empty);
+        }
+        if prompt >= context {
+            return Err(JobError::TooLong { prompt, context });
+        }
+        if let Some(&token) = raw.tokens.iter().find(|&&t| t as usize >= vocab) {
+            return Err(JobError::Token { token, vocab });
+        }
+        let max_tokens = raw.max_tokens.unwrap_or(usize::MAX).min(context - prompt);
+        if max_tokens == 0 {
+            return Err(JobError::NoTokens);
+        }
+        Ok(Self {
+            max_tokens,
+            sampling: Sampling::try_from(raw.sampling)?,
+            tokens: raw.tokens,
+            stop: raw.stop,
+            ignore_eos: raw.ignore_eos,
+            salt: raw.salt,
+            no_cache: raw.no_cache,
+            want_logprobs: raw.want_logprobs,
+            want_logits: raw.want_logits,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(raw: RawJob) -> Result<Job, JobError> {
+        Job::new(raw, 10, 8)
+    }
+
+    #[test]
+    fn each_senseless_request_is_named() {
+        assert_eq!(job(RawJob::default()).unwrap_err(), JobError::Empty);
+        let e = job(RawJob {
+            tokens: vec![1; 8],
+            ..RawJob::default()
+        })
+        .unwrap_err();
+        assert_eq!(
+            e,
+            JobError::TooLong {
+                prompt: 8,
+                context: 8
+            }
+        );
+        let e = job(RawJob {
+            tokens: vec![1, 10],
+            ..RawJob::default()
+        })
+        .unwrap_err();
+        assert_eq!(e, JobError::Token { token: 10, vocab: 10 });
+        let e = job(RawJob {
+            tokens: vec![1],
+            max_tokens: Some(0),
+            ..RawJob::default()
+        })
+        .unwrap_err();
+        assert_eq!(e, JobError::NoTokens);
+    }
+
+    #[test]
+    fn the_answer_ends_with_the_context() {
+        assert_eq!(
+            job(RawJob {
+                tokens: vec![1; 5],
+                max_tokens: Some(99),
+                ..RawJob::default()
+            })
+            .unwrap()
+            .max_tokens,
+            3
+        );
+    }
+}

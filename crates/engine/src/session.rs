@@ -1,0 +1,77 @@
+//! One sequence alone with the model: what measurements use, without scheduler, sampler or prefix cache.
+
+use std::sync::Arc;
+
+use antefix_kv::{Pool, SeqKv};
+use antefix_models::decoder::{Input, Model, Scratch};
+
+use crate::engine::EngineError;
+
+/// A sequence with a KV pool of its own.
+pub struct Session {
+    model: Arc<Model>,
+    pool: Pool,
+    kv: SeqKv,
+    scratch: Scratch,
+    chunk: usize,
+}
+
+impl Session {
+    /// A session that can hold `context` tokens and computes prompts in chunks of `chunk` rows.
+    pub fn new(model: Arc<Model>, context: usize, chunk: usize) -> Self {
+        let probe = Pool::new(model.kv_shape(), 0);
+        let pool = Pool::new(
+            model.kv_shape(),
+            probe.bytes_for(context + antefix_state::PAGE_ROWS),
+        );
+        let kv = SeqKv::new(pool.shape());
+        Self {
+            model,
+            pool,
+            kv,
+            scratch: Scratch::default(),
+            chunk: chunk.max(1),
+        }
+    }
+
+    /// Tokens computed so far.
+    pub fn len(&self) -> usize {
+        self.kv.len()
+    }
+
+    /// Whether nothing was computed yet.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of KV pages in use.
+    pub fn kv_bytes(&self) -> usize {
+        self.pool.stats().bytes_used
+    }
+
+    /// Forgets everything after the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.pool.truncate(&mut self.kv, len);
+    }
+
+    /// Computes `tokens` and appends the logits of the last `wanted` of them to `logits`, `[wanted, vocab]`.
+    ///
+    /// # Errors
+    /// When the context is full or a token is not in the vocabulary.
+    pub fn feed(&mut self, tokens: &[u32], wanted: usize, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.pool.reserve(&mut self.kv, tokens.len())?;
+        let first_wanted = tokens.len() - wanted.min(tokens.len());
+        for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
+            let end = i * self.chunk + chunk.len();
+            let input = Input {
+                tokens: chunk,
+                kv: &self.kv,
+                logits: end.saturating_sub(first_wanted.max(end - chunk.len())),
+            };
+            self.model
+                .forward(&mut self.pool, &[input], &mut self.scratch, logits)?;
+            self.kv.commit(chunk.len());
+        }
+        Ok(())
+    }
+}

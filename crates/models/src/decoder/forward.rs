@@ -1,0 +1,298 @@
+//! One step of the model over a batch of rows.
+
+use antefix_attention::{AttendError, Scratch as AttendScratch, SeqRows, Sharing, attend};
+use antefix_kernels::matmul::{Acts, Matrix, matmul, matmul_many};
+use antefix_kernels::ops;
+use antefix_kernels::quant;
+use antefix_kv::{Pool, SeqKv};
+
+use super::Model;
+use super::weights::Layer;
+use crate::error::LoadError;
+use crate::role::Role;
+use crate::spec::Act;
+
+/// Rows of one sequence in a step.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    /// Tokens at positions `kv.len()..`; at least one.
+    pub tokens: &'a [u32],
+    /// The sequence's pages, with room reserved for the tokens. Its length grows only when the caller commits.
+    pub kv: &'a SeqKv,
+    /// Of how many of the last rows logits are wanted: 0 (in the middle of a prompt), 1, or all.
+    pub logits: usize,
+}
+
+/// Why a step could not run. Nothing was committed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForwardError {
+    /// A token that the model does not have.
+    #[error("token {token} is not in the vocabulary of {vocab}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// The embedding could not be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A mistake of shapes.
+    #[error(transparent)]
+    Attend(#[from] AttendError),
+}
+
+/// Buffers of a step, reused from step to step.
+#[derive(Default)]
+pub struct Scratch {
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    z: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    out: Vec<f32>,
+    acts: Acts,
+    attend: AttendScratch,
+    positions: Vec<u32>,
+}
+
+impl Model {
+    /// Runs the tokens of all inputs through the model, writes their keys and values into `pool` and appends the logits of the
+    /// rows that asked for them to `logits` (`[rows, vocab]`, in the order of the inputs).
+    ///
+    /// # Errors
+    /// On a token outside the vocabulary. Positions must have been reserved.
+    pub fn forward(
+        &self,
+        pool: &mut Pool,
+        inputs: &[Input<'_>],
+        scratch: &mut Scratch,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ForwardError> {
+        let spec = self.spec();
+        let rows: usize = inputs.iter().map(|i| i.tokens.len()).sum();
+        if rows == 0 {
+            return Ok(());
+        }
+        let mut seqs = Vec::with_capacity(inputs.len());
+        let mut first = 0;
+        scratch.positions.clear();
+        for i in inputs {
+            let pos0 = i.kv.len() as u32;
+            scratch.positions.extend((pos0..).take(i.tokens.len()));
+            seqs.push(SeqRows {
+                kv: i.kv,
+                first,
+                rows: i.tokens.len(),
+                pos0,
+            });
+            first += i.tokens.len();
+        }
+        let sharing = Sharing::of(&seqs);
+        self.embed(inputs, &mut scratch.x)?;
+        let last = spec.layers - 1;
+        for l in 0..spec.layers {
+            self.attention(l, pool, (&seqs, &sharing), scratch)?;
+            // Rows that nobody reads from the last layer on would be computed in vain.
+            if l == last {
+                self.keep_wanted(inputs, scratch);
+            }
+            if !scratch.x.is_empty() {
+                self.feed_forward(l, scratch);
+            }
+        }
+        self.logits(scratch, logits);
+        Ok(())
+    }
+
+    fn embed(&self, inputs: &[Input<'_>], x: &mut Vec<f32>) -> Result<(), ForwardError> {
+        let spec = self.spec();
+        let d = spec.d_model;
+        let table = self
+            .files
+            .tensor(Role::TokenEmbd)?
+            .ok_or_else(|| self.files.missing(Role::TokenEmbd))?;
+        let row_bytes = table.bytes.len() / table.rows;
+        x.clear();
+        for &token in inputs.iter().flat_map(|i| i.tokens) {
+            if token as usize >= table.rows {
+                return Err(ForwardError::Token {
+                    token,
+                    vocab: table.rows,
+                });
+            }
+            let at = x.len();
+            x.resize(at + d, 0.0);
+            let row = &table.bytes[token as usize * row_bytes..][..row_bytes];
+            quant::dequantise(table.format, row, &mut x[at..])
+                .map_err(|source| self.files.bad_tensor(Role::TokenEmbd, source))?;
+        }
+        if spec.embed_scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= spec.embed_scale);
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        l: usize,
+        pool: &mut Pool,
+        (seqs, sharing): (&[SeqRows<'_>], &Sharing),
+        s: &mut Scratch,
+    ) -> Result<(), ForwardError> {
+        let (spec, layer) = (self.spec(), &self.weights.layers[l]);
+        let (rows, dim) = (s.x.len() / spec.d_model, spec.head_dim);
+        let (q_width, kv_width) = (spec.heads * dim, spec.kv_heads * dim);
+        self.norm(&s.x, &layer.attn_norm, &mut s.normed);
+        s.q.resize(rows * q_width, 0.0);
+        s.k.resize(rows * kv_width, 0.0);
+        s.v.resize(rows * kv_width, 0.0);
+        s.acts.load(&s.normed, rows, spec.d_model);
+        let [wq, wk, wv] = &layer.qkv;
+        let mut products: [(&Matrix, &mut [f32]); 3] = [(wq, &mut s.q), (wk, &mut s.k), (wv, &mut s.v)];
+        matmul_many(self.cpu, &self.team, &mut s.acts, &mut products);
+        for (bias, y) in layer.qkv_bias.iter().zip([&mut s.q, &mut s.k, &mut s.v]) {
+            if let Some(bias) = bias {
+                self.per_row(y, bias.len(), |_, row| ops::add(row, bias));
+            }
+        }
+        if let Some([q_norm, k_norm]) = &layer.qk_norm {
+            self.norm_in_place(&mut s.q, q_norm);
+            self.norm_in_place(&mut s.k, k_norm);
+        }
+        let rope = &self.ropes[spec.layer_kinds[l].rope];
+        let positions = &s.positions;
+        self.per_row(&mut s.q, q_width, |r, row| rope.apply(row, dim, positions[r]));
+        self.per_row(&mut s.k, kv_width, |r, row| rope.apply(row, dim, positions[r]));
+        for seq in seqs {
+            let span = seq.first * kv_width..(seq.first + seq.rows) * kv_width;
+            pool.write(seq.kv, l, seq.pos0 as usize, &s.k[span.clone()], &s.v[span]);
+        }
+        s.z.resize(rows * q_width, 0.0);
+        let geometry = self.geometry(l);
+        attend(
+            (self.cpu, &self.team),
+            pool,
+            l,
+            &geometry,
+            (seqs, sharing),
+            &s.q,
+            &mut s.z,
+            &mut s.attend,
+        )?;
+        self.project(&s.z, &layer.attn_out, &mut s.acts, &mut s.out);
+        self.add_back(
+            layer.attn_post_norm.as_deref(),
+            &mut s.out,
+            &mut s.normed,
+            &mut s.x,
+        );
+        Ok(())
+    }
+
+    fn feed_forward(&self, l: usize, s: &mut Scratch) {
+        let (spec, layer): (_, &Layer) = (self.spec(), &self.weights.layers[l]);
+        let (rows, ff) = (s.x.len() / spec.d_model, spec.d_ff);
+        self.norm(&s.x, &layer.ffn_norm, &mut s.normed);
+        s.gate.resize(rows * ff, 0.0);
+        s.up.resize(rows * ff, 0.0);
+        s.acts.load(&s.normed, rows, spec.d_model);
+        let [gate, up] = &layer.gate_up;
+        let mut products: [(&Matrix, &mut [f32]); 2] = [(gate, &mut s.gate), (up, &mut s.up)];
+        matmul_many(self.cpu, &self.team, &mut s.acts, &mut products);
+        let up = &s.up;
+        self.per_row(&mut s.gate, ff, |r, gate| {
+            let up = &up[r * ff..][..ff];
+            match spec.act {
+                Act::Silu => ops::silu_mul(self.cpu, gate, up),
+                Act::GeluTanh => ops::gelu_tanh_mul(self.cpu, gate, up),
+            }
+        });
+        self.project(&s.gate, &layer.down, &mut s.acts, &mut s.out);
+        self.add_back(
+            layer.ffn_post_norm.as_deref(),
+            &mut s.out,
+            &mut s.normed,
+            &mut s.x,
+        );
+    }
+
+    /// `x += out`, through the post-norm where the architecture has one.
+    fn add_back(&self, post_norm: Option<&[f32]>, out: &mut [f32], normed: &mut Vec<f32>, x: &mut [f32]) {
+        let d = self.spec().d_model;
+        let out: &[f32] = match post_norm {
+            Some(w) => {
+                self.norm(out, w, normed);
+                normed
+            }
+            None => out,
+        };
+        self.per_row(x, d, |r, row| ops::add(row, &out[r * d..][..d]));
+    }
+
+    /// Keeps only the residual rows whose logits are wanted.
+    fn keep_wanted(&self, inputs: &[Input<'_>], s: &mut Scratch) {
+        let d = self.spec().d_model;
+        let (mut from, mut to) = (0, 0);
+        for i in inputs {
+            let wanted = i.logits.min(i.tokens.len());
+            let start = from + i.tokens.len() - wanted;
+            s.x.copy_within(start * d..(start + wanted) * d, to * d);
+            to += wanted;
+            from += i.tokens.len();
+        }
+        s.x.truncate(to * d);
+    }
+
+    fn logits(&self, s: &mut Scratch, logits: &mut Vec<f32>) {
+        let spec = self.spec();
+        let rows = s.x.len() / spec.d_model;
+        if rows == 0 {
+            return;
+        }
+        self.norm(&s.x, &self.weights.output_norm, &mut s.normed);
+        let at = logits.len();
+        logits.resize(at + rows * spec.vocab, 0.0);
+        s.acts.load(&s.normed, rows, spec.d_model);
+        matmul(
+            self.cpu,
+            &self.team,
+            &mut s.acts,
+            &self.weights.output,
+            &mut logits[at..],
+        );
+        if let Some(cap) = spec.final_softcap {
+            self.per_row(&mut logits[at..], spec.vocab, |_, row| ops::softcap(row, cap));
+        }
+    }
+
+    fn project(&self, x: &[f32], w: &Matrix, acts: &mut Acts, out: &mut Vec<f32>) {
+        let rows = x.len() / w.k();
+        out.resize(rows * w.n(), 0.0);
+        acts.load(x, rows, w.k());
+        matmul(self.cpu, &self.team, acts, w, out);
+    }
+
+    fn norm(&self, x: &[f32], w: &[f32], out: &mut Vec<f32>) {
+        out.resize(x.len(), 0.0);
+        let (eps, width) = (self.spec().norm_eps, w.len());
+        self.per_row(out, width, |r, row| {
+            ops::rms_norm(&x[r * width..][..width], w, eps, row)
+        });
+    }
+
+    /// Norms every `w.len()` values of `x`: the heads of q and k.
+    fn norm_in_place(&self, x: &mut [f32], w: &[f32]) {
+        let (eps, width) = (self.spec().norm_eps, w.len());
+        self.per_row(x, width, |_, row| ops::rms_norm_in_place(row, w, eps));
+    }
+
+    /// Calls `f(row index, row)` on every row of `width` values, by the team when there are many.
+    fn per_row(&self, x: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        self.team.per_row(x, width, &f);
+    }
+}

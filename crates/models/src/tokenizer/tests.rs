@@ -1,0 +1,108 @@
+use super::*;
+use crate::spec::Arch;
+use crate::testing::{Meta, tiny_builder};
+
+fn tiny(arch: Arch) -> Tokenizer {
+    let gguf = Gguf::parse(tiny_builder(arch, 1).build()).unwrap();
+    Tokenizer::from_gguf(&gguf).unwrap()
+}
+
+#[test]
+fn every_text_comes_back() {
+    for arch in [Arch::Llama, Arch::Qwen2, Arch::Gemma3] {
+        let t = tiny(arch);
+        for text in ["", "Hello, world", "naïve 日本 🙂", "a\n\n  b\t", "1234"] {
+            let ids = t.encode(text, Specials::Plain);
+            assert_eq!(t.decode(&ids), text, "{arch:?}: {ids:?}");
+        }
+        let bytes = b"ab\xff\xfe\xe2\x82cd";
+        assert_eq!(t.decode_bytes(&t.encode_bytes(bytes, Specials::Plain)), bytes);
+    }
+}
+
+#[test]
+fn streams_never_split_a_character() {
+    let t = tiny(Arch::Qwen2);
+    let text = "é🙂日x";
+    let mut stream = StreamDecoder::new();
+    let mut seen = String::new();
+    for id in t.encode(text, Specials::Plain) {
+        if let Some(piece) = stream.push(&t, id) {
+            assert!(!piece.contains(char::REPLACEMENT_CHARACTER), "{piece:?}");
+            seen += &piece;
+        }
+    }
+    assert_eq!(seen + &stream.flush(), text);
+    // A byte that starts nothing comes out at once, an unfinished character at the end.
+    let mut stream = StreamDecoder::new();
+    let ids = t.encode_bytes(b"\xffa\xe2\x82", Specials::Plain);
+    let out: String = ids.iter().filter_map(|&id| stream.push(&t, id)).collect();
+    assert_eq!((out.as_str(), stream.flush().as_str()), ("\u{fffd}a", "\u{fffd}"));
+}
+
+#[test]
+fn control_tokens_are_text_unless_parsing_is_allowed() {
+    let t = tiny(Arch::Qwen2);
+    let control = (0..t.vocab_size() as u32).find(|&id| t.is_special(id)).unwrap();
+    let name = t.decode(&[control]);
+    assert_eq!(t.encode(&name, Specials::Parse), [control]);
+    let plain = t.encode(&name, Specials::Plain);
+    assert!(!plain.contains(&control) && t.decode(&plain) == name, "{plain:?}");
+}
+
+#[test]
+fn broken_tables_are_errors() {
+    let check = |key: &str, value: Meta, want: &str| {
+        let gguf = Gguf::parse(tiny_builder(Arch::Qwen2, 1).replace(key, value).build()).unwrap();
+        let error = Tokenizer::from_gguf(&gguf)
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
+        assert!(error.contains(want), "{key}: {error:?}");
+    };
+    check("tokenizer.ggml.model", Meta::Str("wordpiece".into()), "wordpiece");
+    check("tokenizer.ggml.pre", Meta::Str("martian".into()), "martian");
+    check(
+        "tokenizer.ggml.merges",
+        Meta::Strs(vec!["nospace".into()]),
+        "merge 0",
+    );
+    check("tokenizer.ggml.bos_token_id", Meta::U32(1 << 30), "vocabulary");
+    check("tokenizer.ggml.tokens", Meta::Strs(vec![]), "empty");
+}
+
+/// Token ids of `transformers`, see tools/golden. Needs the real vocabularies.
+#[test]
+fn ids_equal_those_of_transformers() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tokens");
+    let Ok(strings) = std::fs::read_to_string(golden.join("strings.jsonl")) else {
+        panic!("tests/golden/tokens/strings.jsonl is part of the repository");
+    };
+    let strings: Vec<String> = strings
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert!(strings.len() >= 5000);
+    for alias in ["smollm2", "qwen2.5-coder-0.5b", "gemma3-270m"] {
+        let Some(path) = crate::testing::model(alias) else {
+            eprintln!("{alias} is not on this machine: not compared (antefix models pull {alias})");
+            continue;
+        };
+        let files = ModelFiles::open(&path).unwrap();
+        let t = Tokenizer::open(&files).unwrap();
+        let ids = std::fs::read_to_string(golden.join(format!("{alias}.jsonl"))).unwrap();
+        let mut wrong = 0;
+        for (text, ids) in strings.iter().zip(ids.lines()) {
+            let want: Vec<u32> = serde_json::from_str(ids).unwrap();
+            let got = t.encode(text, Specials::Parse);
+            if got != want {
+                wrong += 1;
+                if wrong <= 10 {
+                    eprintln!("{alias}: {text:?}\n  got  {got:?}\n  want {want:?}");
+                }
+            }
+        }
+        assert_eq!(wrong, 0, "{alias}: of {} strings", strings.len());
+        eprintln!("{alias}: {} strings compared", strings.len());
+    }
+}
