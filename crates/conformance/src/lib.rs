@@ -1,1 +1,125 @@
-//! Case generators, comparisons and the suite that every method must pass.
+//! Case generators and the promises that everything has to keep.
+//!
+//! The first promise is invariance: the logits of a request are, bit for bit, those of the same request alone on a cold engine.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use antefix_engine::{Budget, Engine, EngineError, Event, Job, Options, RawJob, SeqId};
+use antefix_kernels::cpu::Cpu;
+use antefix_kernels::matmul::Precision;
+use antefix_kernels::team::Team;
+use antefix_models::decoder::Model;
+use antefix_models::files::ModelFiles;
+use antefix_models::gguf::Gguf;
+use antefix_models::spec::Arch;
+use antefix_models::testing::{Rng, tiny_gguf};
+use antefix_models::tokenizer::Tokenizer;
+
+/// A tiny model with random weights.
+///
+/// # Panics
+/// When the generator's file is refused: a mistake of the generator.
+pub fn tiny(arch: Arch, cpu: Cpu, threads: usize) -> (Arc<Model>, Arc<Tokenizer>) {
+    let gguf = Gguf::parse(tiny_gguf(arch, 11)).expect("the generator writes valid files");
+    let tokenizer = Tokenizer::from_gguf(&gguf).expect("the generator writes a tokenizer");
+    let files =
+        ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).expect("the generator writes whole models");
+    let model = Model::load(files, cpu, Arc::new(Team::new(threads)), Precision::Fast)
+        .expect("the formats are known");
+    (Arc::new(model), Arc::new(tokenizer))
+}
+
+/// What one request brought: each drawn token with the logits it was drawn from.
+pub type Answer = Vec<(u32, Vec<f32>)>;
+
+/// Requests that run together, and when each arrives.
+#[derive(Debug, Clone)]
+pub struct Traffic {
+    /// (step at which it is submitted, request).
+    pub arrivals: Vec<(usize, RawJob)>,
+    /// Limits of a step.
+    pub budget: Budget,
+}
+
+impl Traffic {
+    /// Random requests: prompts of 1 to 150 tokens that share prefixes, greedy and sampled, arriving at different steps.
+    pub fn random(rng: &mut Rng, vocab: usize) -> Self {
+        let mut below = |n: usize| (rng.bits() % n as u64) as usize;
+        let shared: Vec<u32> = (0..below(120)).map(|_| below(vocab) as u32).collect();
+        let arrivals = (0..2 + below(4))
+            .map(|_| {
+                let keep = below(shared.len() + 1);
+                let tail = 1 + below(40);
+                let mut tokens = shared[..keep].to_vec();
+                tokens.extend((0..tail).map(|_| below(vocab) as u32));
+                let mut raw = RawJob {
+                    tokens,
+                    max_tokens: Some(1 + below(8)),
+                    ignore_eos: true,
+                    want_logits: true,
+                    no_cache: below(5) == 0,
+                    ..RawJob::default()
+                };
+                if below(2) == 0 {
+                    raw.sampling.temperature = 0.9;
+                    raw.sampling.seed = below(1000) as u64;
+                }
+                (below(12), raw)
+            })
+            .collect();
+        let budget = Budget {
+            rows: 1 + below(70),
+            prompt_rows_beside_decode: 1 + below(30),
+        };
+        Self { arrivals, budget }
+    }
+
+    /// Runs everything together on `engine`; answers in the order of `arrivals`.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    ///
+    /// # Panics
+    /// When a request is refused: random requests are valid.
+    pub fn run(&self, engine: &mut Engine) -> Result<Vec<Answer>, EngineError> {
+        let mut ids: Vec<Option<SeqId>> = vec![None; self.arrivals.len()];
+        let mut answers = vec![Answer::new(); self.arrivals.len()];
+        let mut events = Vec::new();
+        let mut step = 0;
+        while ids.iter().any(Option::is_none) || !engine.is_idle() {
+            for (i, (at, raw)) in self.arrivals.iter().enumerate() {
+                if ids[i].is_none() && *at <= step {
+                    let job = Job::new(raw.clone(), engine.model().spec().vocab, engine.context());
+                    ids[i] = Some(engine.submit(job.expect("valid")).expect("it fits"));
+                }
+            }
+            engine.step(&mut events)?;
+            step += 1;
+            for event in events.drain(..) {
+                if let Event::Token {
+                    id,
+                    token,
+                    logits: Some(logits),
+                    ..
+                } = event
+                    && let Some(i) = ids.iter().position(|&x| x == Some(id))
+                {
+                    answers[i].push((token, logits));
+                }
+            }
+        }
+        Ok(answers)
+    }
+}
+
+/// An engine with room for what [`Traffic::random`] makes, but not for much more: requests wait and prefixes are evicted.
+pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, budget: Budget) -> Engine {
+    let sizes = antefix_kv::Pool::new(model.kv_shape(), 0);
+    let options = Options {
+        kv_bytes: sizes.bytes_for(32) * 16,
+        context: 512,
+        budget,
+    };
+    Engine::new(Arc::clone(model), Arc::clone(tokenizer), options)
+}

@@ -2,14 +2,14 @@
 
 /// Holds back text that could still turn into one of the stop strings.
 #[derive(Debug, Clone, Default)]
-pub struct StopMatcher {
+pub(crate) struct StopMatcher {
     stops: Vec<String>,
     held: String,
 }
 
 /// What to do with the text so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stopped {
+pub(crate) enum Stopped {
     /// Safe to show; may be empty.
     Go(String),
     /// A stop string came: show this and end. The stop string itself is not shown.
@@ -18,7 +18,7 @@ pub enum Stopped {
 
 impl StopMatcher {
     /// Empty strings are ignored.
-    pub fn new(stops: Vec<String>) -> Self {
+    pub(crate) fn new(stops: Vec<String>) -> Self {
         Self {
             stops: stops.into_iter().filter(|s| !s.is_empty()).collect(),
             held: String::new(),
@@ -26,7 +26,7 @@ impl StopMatcher {
     }
 
     /// Takes the next piece of text in.
-    pub fn push(&mut self, piece: &str) -> Stopped {
+    pub(crate) fn push(&mut self, piece: &str) -> Stopped {
         self.held.push_str(piece);
         if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
             self.held.truncate(at);
@@ -43,7 +43,7 @@ impl StopMatcher {
     }
 
     /// The end came without a stop string: what was held back.
-    pub fn finish(&mut self) -> String {
+    pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }

@@ -45,18 +45,22 @@ impl Simd for Avx2 {
     type V = __m256;
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m256) {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
     unsafe fn load_pairs(p: *const u16) -> (__m256, __m256) {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let pairs = _mm256_loadu_si256(p.cast());
             let even = _mm256_slli_epi32::<16>(pairs);
@@ -66,6 +70,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
@@ -73,31 +78,38 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn larger(a: __m256, b: __m256) -> __m256 {
         // maxps returns its second operand when either is NaN.
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_max_ps(b, a) }
     }
     #[inline(always)]
     unsafe fn smaller(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_min_ps(b, a) }
     }
     #[inline(always)]
     unsafe fn powers(n: __m256) -> (__m256, __m256) {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let n = _mm256_cvtps_epi32(n);
             let half = _mm256_srai_epi32::<1>(n);
@@ -109,6 +121,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn keep_from(x: __m256, limit: f32, v: __m256) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(limit)), v) }
     }
 }
@@ -120,18 +133,22 @@ impl Simd for Avx512 {
     type V = __m512;
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
     unsafe fn load_pairs(p: *const u16) -> (__m512, __m512) {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let pairs = _mm512_loadu_si512(p.cast());
             let even = _mm512_slli_epi32::<16>(pairs);
@@ -141,6 +158,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
@@ -148,30 +166,37 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn larger(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_max_ps(b, a) }
     }
     #[inline(always)]
     unsafe fn smaller(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe { _mm512_min_ps(b, a) }
     }
     #[inline(always)]
     unsafe fn powers(n: __m512) -> (__m512, __m512) {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let n = _mm512_cvtps_epi32(n);
             let half = _mm512_srai_epi32::<1>(n);
@@ -183,6 +208,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn keep_from(x: __m512, limit: f32, v: __m512) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
             let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_set1_ps(limit));
             _mm512_maskz_mov_ps(!below, v)
