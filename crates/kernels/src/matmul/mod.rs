@@ -7,7 +7,7 @@
 //! that scale 16 values do this for the first half of the block and then for the second. Weights kept as floats: one fma chain
 //! over k ascending. At the end a power of two (see `Matrix::post`) undoes the scaling of the stored f16 scales.
 //!
-//! Activations are quantised symmetrically, [`Acts`] says how; [`layout`] says how weights lie in memory.
+//! Activations are quantised symmetrically, [`Acts`] says how; `layout.rs` says how weights lie in memory.
 
 mod acts;
 #[cfg(target_arch = "x86_64")]

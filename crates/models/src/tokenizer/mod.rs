@@ -84,6 +84,25 @@ impl Matcher {
             .ok()?;
         Some(Self { patterns, ids })
     }
+
+    /// Calls `plain(text, whether it is the start)` and `token(id)` on the pieces of `text` in order.
+    fn split<T>(
+        this: Option<&Self>,
+        text: &str,
+        out: &mut T,
+        plain: impl Fn(&mut T, &str, bool),
+        token: impl Fn(&mut T, u32),
+    ) {
+        let mut from = 0;
+        if let Some(matcher) = this {
+            for m in matcher.patterns.find_iter(text) {
+                plain(out, &text[from..m.start()], from == 0);
+                token(out, matcher.ids[m.pattern().as_usize()]);
+                from = m.end();
+            }
+        }
+        plain(out, &text[from..], from == 0);
+    }
 }
 
 /// Texts of tokens that end an answer, beside the one the file names.
@@ -182,19 +201,13 @@ impl Tokenizer {
         (bos, eos, eot): (Option<u32>, Option<u32>, Option<u32>),
         add_bos: bool,
     ) -> Self {
-        let spaced = matches!(kind, Kind::Spm(_));
+        let spm = matches!(kind, Kind::Spm(_));
         let texts = |want: &dyn Fn(Class) -> bool| -> Vec<(Vec<u8>, u32)> {
             (0..vocab.len() as u32)
                 .filter(|&id| want(vocab.class(id)) && !vocab.bytes(id).is_empty())
-                .map(|id| {
-                    (
-                        if spaced {
-                            spm::spaces(vocab.bytes(id))
-                        } else {
-                            vocab.bytes(id).to_vec()
-                        },
-                        id,
-                    )
+                .map(|id| match std::str::from_utf8(vocab.bytes(id)) {
+                    Ok(text) if spm => (spm::stand_ins(text).into_bytes(), id),
+                    _ => (vocab.bytes(id).to_vec(), id),
                 })
                 .collect()
         };
@@ -256,15 +269,8 @@ impl Tokenizer {
             Specials::Parse => &self.with_control,
             Specials::Plain => &self.without_control,
         };
-        let mut from = 0;
-        if let Some(matcher) = matcher {
-            for m in matcher.patterns.find_iter(text) {
-                self.encode_plain(&text[from..m.start()], from == 0, out);
-                out.push(matcher.ids[m.pattern().as_usize()]);
-                from = m.end();
-            }
-        }
-        self.encode_plain(&text[from..], from == 0, out);
+        let plain = |out: &mut Vec<u32>, text: &str, at_start| self.encode_plain(text, at_start, out);
+        Matcher::split(matcher.as_ref(), text, out, plain, Vec::push);
     }
 
     fn encode_plain(&self, text: &str, at_start: bool, out: &mut Vec<u32>) {

@@ -2,9 +2,9 @@
 
 use std::cmp::Ordering;
 
-use super::TokenizerError;
 use super::bpe::merge;
 use super::vocab::{Class, Vocab};
+use super::{Matcher, TokenizerError};
 use crate::gguf::Gguf;
 
 /// The stand-in of a space.
@@ -13,6 +13,8 @@ const SPACE: char = '\u{2581}';
 pub(super) struct Spm {
     scores: Vec<f32>,
     add_space_prefix: bool,
+    /// User-defined tokens with stand-ins of spaces, such as Gemma's runs: found after spaces have become stand-ins.
+    runs: Option<Matcher>,
 }
 
 /// Best score first. NaN scores come last.
@@ -52,9 +54,16 @@ impl Spm {
             return Err(TokenizerError::Key { key, what });
         }
         let add_space_prefix = gguf.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+        let runs = (0..vocab.len() as u32)
+            .filter(|&id| vocab.class(id) == Class::UserDefined)
+            .filter_map(|id| Some((stand_ins(std::str::from_utf8(vocab.bytes(id)).ok()?), id)))
+            .filter(|(text, _)| text.contains(SPACE))
+            .map(|(text, id)| (text.into_bytes(), id))
+            .collect();
         Ok(Self {
             scores,
             add_space_prefix,
+            runs: Matcher::new(runs),
         })
     }
 
@@ -63,7 +72,13 @@ impl Spm {
         if at_start && self.add_space_prefix {
             spaced.push(SPACE);
         }
-        spaced.extend(text.chars().map(|c| if c == ' ' { SPACE } else { c }));
+        spaced.push_str(&stand_ins(text));
+        let plain = |out: &mut Vec<u32>, text: &str, _| self.merge(vocab, text, out);
+        Matcher::split(self.runs.as_ref(), &spaced, out, plain, Vec::push);
+    }
+
+    /// Merges a text without spaces.
+    fn merge(&self, vocab: &Vocab, spaced: &str, out: &mut Vec<u32>) {
         // Symbols are ids of tokens, or of characters without a token: those are numbered behind the vocabulary.
         let known = vocab.len() as u32;
         let mut strangers: Vec<char> = Vec::new();
@@ -107,6 +122,11 @@ impl Spm {
             }
         }
     }
+}
+
+/// The text with stand-ins for its spaces. Converters write tokens of this text either way.
+pub(super) fn stand_ins(text: &str) -> String {
+    text.replace(' ', "\u{2581}")
 }
 
 /// The text of a token with real spaces.
