@@ -88,6 +88,8 @@ pub fn finish(state: &StateRef<'_>, out: &mut [f32]) {
 pub struct AttendScratch {
     /// A page widened to f32: K `[D][32]`, then V `[32][D]`.
     wide: Vec<f32>,
+    /// Queries, packed tile by tile.
+    q: Vec<f32>,
 }
 
 /// Continues the states of `R` rows over the keys of `pages`.
@@ -127,6 +129,10 @@ pub fn attend(
         keys as usize <= pages.len() * PAGE_ROWS,
         "no more keys than pages hold"
     );
+    #[cfg(target_arch = "x86_64")]
+    if cpu.path() != Path::Scalar && rows > 0 {
+        simd::pack(q, rows, dim, &mut scratch.q);
+    }
     for (i, page) in pages.iter().enumerate() {
         page.check(dim);
         let start = i * PAGE_ROWS;
@@ -142,37 +148,38 @@ pub fn attend(
         let to = visible.iter().rposition(sees).map_or(from, |r| r + 1);
         let tile = Tile {
             dim,
-            q: &q[from * dim..to * dim],
-            visible: &visible[from..to],
+            q,
+            visible,
+            seen: from..to,
             softcap,
             page: *page,
+            next: pages.get(i + 1).copied(),
             pos,
             valid: valid as usize,
-        };
-        let mut part = StateMut {
-            m: &mut state.m[from..to],
-            l: &mut state.l[from..to],
-            acc: &mut state.acc[from * dim..to * dim],
         };
         match cpu.path() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `cpu` proves AVX2 and FMA; lengths were checked above.
-            Path::Avx2 => unsafe { simd::page_avx2(&tile, &mut part, scratch) },
+            Path::Avx2 => unsafe { simd::page_avx2(&tile, state, scratch) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `cpu` proves AVX-512F; lengths were checked above.
-            Path::Avx512 | Path::Amx => unsafe { simd::page_avx512(&tile, &mut part, scratch) },
-            _ => scalar::page(&tile, &mut part),
+            Path::Avx512 | Path::Amx => unsafe { simd::page_avx512(&tile, state, scratch) },
+            _ => scalar::page(&tile, state),
         }
     }
 }
 
-/// Rows that see at least something of one page.
+/// All rows of a call, and one page.
 struct Tile<'a> {
     dim: usize,
     q: &'a [f32],
     visible: &'a [(u32, u32)],
+    /// From the first to the last row that sees something of the page.
+    seen: std::ops::Range<usize>,
     softcap: Option<f32>,
     page: Page<'a>,
+    /// The page that comes after it.
+    next: Option<Page<'a>>,
     /// Position of the page's first row.
     pos: u32,
     /// Its valid rows, 1..=32.

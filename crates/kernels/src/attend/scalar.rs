@@ -5,10 +5,10 @@ use antefix_state::PAGE_ROWS;
 use super::{StateMut, Tile};
 use crate::ops::exp;
 
-/// Continues every row of the tile over its page.
+/// Continues every row that sees something of the page.
 pub(super) fn page(tile: &Tile<'_>, state: &mut StateMut<'_>) {
     let dim = tile.dim;
-    for r in 0..tile.visible.len() {
+    for r in tile.seen.clone() {
         let (lo, hi) = tile.span(r);
         let q = &tile.q[r * dim..][..dim];
         let mut s = [f32::NEG_INFINITY; PAGE_ROWS];

@@ -1,7 +1,8 @@
 //! The AVX2 and AVX-512 paths: one body over a small set of vector operations.
 //!
 //! Few rows read the page where it lies and widen it in registers: decoding is bound by memory. Many rows widen the page once
-//! and walk it in tiles of 6 rows, which fills the 16 registers of AVX2 with accumulators.
+//! and walk it in tiles of up to 6 rows. A tile keeps rows x vectors <= 12 accumulators, which fills the 16 registers of AVX2:
+//! few rows take four vectors at a time, because 12 chains of FMAs are what hides their latency.
 
 use std::arch::x86_64::*;
 
@@ -9,8 +10,12 @@ use antefix_state::PAGE_ROWS;
 
 use super::{AttendScratch, Page, StateMut, Tile};
 
-/// Rows of a register tile: 6 rows x 2 vectors = 12 accumulators.
+/// Most rows of a register tile: 6 rows x 2 vectors = 12 accumulators.
 const TILE: usize = 6;
+/// Up to this many rows take 4 vectors at a time.
+const FEW: usize = 2;
+/// Up to this many rows read bf16 pages in place: widening a page costs as much as two tiles save.
+const IN_PLACE: usize = 2 * TILE;
 
 /// Keys whose scores are computed together.
 const HALF: usize = PAGE_ROWS / 2;
@@ -25,6 +30,12 @@ trait Simd {
     /// The even and odd dimensions of `LANES` keys out of `LANES` bf16 pairs.
     unsafe fn load_pairs(p: *const u16) -> (Self::V, Self::V);
     unsafe fn load_bf16(p: *const u16) -> Self::V;
+    /// `acc[r][i] += x[r * STRIDE] * v[i]`.
+    unsafe fn outer<const R: usize, const W: usize, const STRIDE: usize>(
+        x: *const f32,
+        v: &[Self::V; W],
+        acc: &mut [[Self::V; W]; R],
+    );
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
@@ -75,6 +86,75 @@ impl Simd for Avx2 {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         }
+    }
+    /// By hand, because left alone the compiler loads all broadcasts of a step first and spills accumulators for them.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn outer<const R: usize, const W: usize, const STRIDE: usize>(
+        x: *const f32,
+        v: &[__m256; W],
+        acc: &mut [[__m256; W]; R],
+    ) {
+        macro_rules! row {
+            ($r:literal, $packed:literal, $paged:literal) => {
+                if $r < R {
+                    match STRIDE {
+                        1 => row!(at $r, $packed),
+                        _ => row!(at $r, $paged),
+                    }
+                }
+            };
+            (at $r:literal, $offset:literal) => {
+                // SAFETY: the caller has the features; `x` has a value for every row. Only that value is read.
+                unsafe {
+                    if W == 2 {
+                        std::arch::asm!(
+                            concat!("vbroadcastss {x}, dword ptr [{p} + ", $offset, "]"),
+                            "vfmadd231ps {a}, {x}, {v}",
+                            "vfmadd231ps {b}, {x}, {w}",
+                            p = in(reg) x,
+                            x = out(ymm_reg) _,
+                            v = in(ymm_reg) v[0],
+                            w = in(ymm_reg) v[1],
+                            a = inout(ymm_reg) acc[$r][0],
+                            b = inout(ymm_reg) acc[$r][1],
+                            options(readonly, nostack, preserves_flags)
+                        );
+                    } else if W == 4 {
+                        std::arch::asm!(
+                            concat!("vbroadcastss {x}, dword ptr [{p} + ", $offset, "]"),
+                            "vfmadd231ps {a}, {x}, {v}",
+                            "vfmadd231ps {b}, {x}, {w}",
+                            "vfmadd231ps {c}, {x}, {y}",
+                            "vfmadd231ps {d}, {x}, {z}",
+                            p = in(reg) x,
+                            x = out(ymm_reg) _,
+                            v = in(ymm_reg) v[0],
+                            w = in(ymm_reg) v[1],
+                            y = in(ymm_reg) v[2],
+                            z = in(ymm_reg) v[3],
+                            a = inout(ymm_reg) acc[$r][0],
+                            b = inout(ymm_reg) acc[$r][1],
+                            c = inout(ymm_reg) acc[$r][2],
+                            d = inout(ymm_reg) acc[$r][3],
+                            options(readonly, nostack, preserves_flags)
+                        );
+                    } else {
+                        let x = _mm256_broadcast_ss(&*x.add($r * STRIDE));
+                        for i in 0..W {
+                            acc[$r][i] = _mm256_fmadd_ps(x, v[i], acc[$r][i]);
+                        }
+                    }
+                }
+            };
+        }
+        const { assert!(R <= TILE && (STRIDE == 1 || STRIDE == PAGE_ROWS)) };
+        row!(0, "0", "0");
+        row!(1, "4", "128");
+        row!(2, "8", "256");
+        row!(3, "12", "384");
+        row!(4, "16", "512");
+        row!(5, "20", "640");
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -162,6 +242,21 @@ impl Simd for Avx512 {
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn outer<const R: usize, const W: usize, const STRIDE: usize>(
+        x: *const f32,
+        v: &[__m512; W],
+        acc: &mut [[__m512; W]; R],
+    ) {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the caller has the features; `x` has a value for every row.
+            let x = unsafe { _mm512_set1_ps(*x.add(r * STRIDE)) };
+            for (acc, &v) in acc.iter_mut().zip(v) {
+                // SAFETY: the caller has the features.
+                *acc = unsafe { _mm512_fmadd_ps(x, v, *acc) };
+            }
         }
     }
     #[inline(always)]
@@ -275,7 +370,7 @@ unsafe fn page<S: Simd>(tile: &Tile<'_>, state: &mut StateMut<'_>, scratch: &mut
     unsafe {
         let source = match tile.page {
             Page::F32 { k, v } => Source::F32(k.as_ptr(), v.as_ptr()),
-            Page::Bf16 { k, v } if rows <= TILE => Source::Bf16(k.as_ptr(), v.as_ptr()),
+            Page::Bf16 { k, v } if tile.seen.len() <= IN_PLACE => Source::Bf16(k.as_ptr(), v.as_ptr()),
             Page::Bf16 { k, v } => {
                 let part = PAGE_ROWS * dim;
                 if scratch.wide.len() < 2 * part {
@@ -286,17 +381,37 @@ unsafe fn page<S: Simd>(tile: &Tile<'_>, state: &mut StateMut<'_>, scratch: &mut
                 Source::F32(wk.as_ptr(), wv.as_ptr())
             }
         };
-        let mut r = 0;
-        while r < rows {
-            match rows - r {
-                1 => rows_of::<S, 1>(tile, source, r, state),
-                2 => rows_of::<S, 2>(tile, source, r, state),
-                3 => rows_of::<S, 3>(tile, source, r, state),
-                4 => rows_of::<S, 4>(tile, source, r, state),
-                5 => rows_of::<S, 5>(tile, source, r, state),
-                _ => rows_of::<S, TILE>(tile, source, r, state),
+        // Tiles lie where `pack` has put them, whatever part of the rows sees this page.
+        let per = rows_per_tile(rows);
+        for first in (tile.seen.start / per * per..tile.seen.end).step_by(per) {
+            let q = scratch.q.as_ptr().add(first * dim);
+            match per.min(rows - first) {
+                1 => rows_of::<S, 1, 4>(tile, source, q, first, state),
+                FEW => rows_of::<S, FEW, 4>(tile, source, q, first, state),
+                3 => rows_of::<S, 3, 2>(tile, source, q, first, state),
+                4 => rows_of::<S, 4, 2>(tile, source, q, first, state),
+                5 => rows_of::<S, 5, 2>(tile, source, q, first, state),
+                _ => rows_of::<S, TILE, 2>(tile, source, q, first, state),
             }
-            r += TILE;
+        }
+    }
+}
+
+/// Rows of every tile but the last, so that tiles are of nearly equal height.
+fn rows_per_tile(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(TILE))
+}
+
+/// Packs `q: [R, D]` tile by tile as `[D][rows of the tile]`.
+pub(super) fn pack(q: &[f32], rows: usize, dim: usize, out: &mut Vec<f32>) {
+    out.resize(rows * dim, 0.0);
+    let per = rows_per_tile(rows) * dim;
+    for (q, out) in q.chunks(per).zip(out.chunks_mut(per)) {
+        let rows = q.len() / dim;
+        for (r, q) in q.chunks_exact(dim).enumerate() {
+            for (d, &x) in q.iter().enumerate() {
+                out[d * rows + r] = x;
+            }
         }
     }
 }
@@ -323,11 +438,12 @@ unsafe fn widen<S: Simd>(k: &[u16], v: &[u16], valid: usize, dim: usize, wk: &mu
     }
 }
 
-/// `R` rows from `first` on: scores, softmax step, values.
+/// `R` rows from `first` on, `W` vectors at a time: scores, softmax step, values. `q: [D][R]`.
 #[inline(always)]
-unsafe fn rows_of<S: Simd, const R: usize>(
+unsafe fn rows_of<S: Simd, const R: usize, const W: usize>(
     tile: &Tile<'_>,
     source: Source,
+    q: *const f32,
     first: usize,
     state: &mut StateMut<'_>,
 ) {
@@ -335,208 +451,253 @@ unsafe fn rows_of<S: Simd, const R: usize>(
     let mut s = [[f32::NEG_INFINITY; PAGE_ROWS]; R];
     // SAFETY: rows first..first + R exist; pointers of `source` cover the page.
     unsafe {
-        let q = tile.q.as_ptr().add(first * dim);
-        for half in 0..2 {
-            if half * HALF < tile.valid {
-                match source {
-                    Source::F32(k, _) => scores::<S, R>(q, dim, k.add(half * dim * HALF), half, &mut s),
-                    Source::Bf16(k, _) => scores_bf16::<S, R>(q, dim, k.add(half * dim * HALF), half, &mut s),
+        let both = tile.valid > HALF;
+        // The first tile alone asks for the values, and then for the keys of the next page.
+        let ahead = first <= tile.seen.start;
+        let (next, next_k) = match (source, tile.next) {
+            (Source::Bf16(_, v), Some(Page::Bf16 { k, .. })) if ahead => (Some(v), Some(k.as_ptr())),
+            _ => (None, None),
+        };
+        match (S::LANES, W) {
+            (8, 4) if both => scores::<S, R, 4>(q, dim, source, next, 0, &mut s),
+            (8, _) => {
+                scores::<S, R, 2>(q, dim, source, next, 0, &mut s);
+                if both {
+                    scores::<S, R, 2>(q, dim, source, next, HALF, &mut s);
                 }
             }
+            _ if both => scores::<S, R, 2>(q, dim, source, next, 0, &mut s),
+            _ => scores::<S, R, 1>(q, dim, source, next, 0, &mut s),
         }
-        let mut factors = [None; R];
         for (i, s) in s.iter_mut().enumerate() {
-            let r = first + i;
             if let Some(cap) = tile.softcap {
                 s.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
             }
-            let (lo, hi) = tile.span(r);
-            s[..lo].fill(f32::NEG_INFINITY);
-            s[hi.max(lo)..].fill(f32::NEG_INFINITY);
-            factors[i] = softmax_step::<S>(s, &mut state.m[r], &mut state.l[r]);
+            let (lo, hi) = tile.span(first + i);
+            if lo > 0 {
+                s[..lo].fill(f32::NEG_INFINITY);
+            }
+            if hi < PAGE_ROWS {
+                s[hi.max(lo)..].fill(f32::NEG_INFINITY);
+            }
         }
+        let rows = first..first + R;
+        let factors = softmax_step::<S, R>(&mut s, &mut state.m[rows.clone()], &mut state.l[rows]);
         // A row that sees nothing keeps its state to the bit: its accumulators are not touched.
         let acc = state.acc.as_mut_ptr().add(first * dim);
         if factors.iter().all(Option::is_some) {
             let factors = factors.map(|f| f.unwrap_or(1.0));
-            values::<S, R>(&s, factors, source, tile.valid, dim, acc);
+            values::<S, R, W>(&s, factors, source, next_k, tile.valid, dim, acc);
         } else {
             for (i, factor) in factors.into_iter().enumerate() {
                 if let Some(factor) = factor {
-                    values::<S, 1>(&[s[i]], [factor], source, tile.valid, dim, acc.add(i * dim));
+                    values::<S, 1, 4>(&[s[i]], [factor], source, None, tile.valid, dim, acc.add(i * dim));
                 }
             }
         }
     }
 }
-
-/// Scores of `R` rows against 16 keys, `k: [D][16]`.
+/// Scores of `R` rows against `W` vectors of keys from key `from` on.
 #[inline(always)]
-unsafe fn scores<S: Simd, const R: usize>(
+unsafe fn scores<S: Simd, const R: usize, const W: usize>(
     q: *const f32,
     dim: usize,
-    k: *const f32,
-    half: usize,
+    source: Source,
+    next: Option<*const u16>,
+    from: usize,
     s: &mut [[f32; PAGE_ROWS]; R],
 ) {
-    // SAFETY: q has R * dim values, k has dim * 16, a row of s has 32.
+    // SAFETY: q has dim * R values, the page's K part 32 * dim, a row of s 32.
     unsafe {
-        let parts = HALF / S::LANES; // 2 on AVX2, 1 on AVX-512
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for d in 0..dim {
-            let k0 = S::load(k.add(d * HALF));
-            let k1 = if parts == 2 {
-                S::load(k.add(d * HALF + S::LANES))
-            } else {
-                k0
+        let mut acc = [[S::splat(0.0); W]; R];
+        // Loops, not closures: those would be compiled without the CPU's features.
+        let (mut v, mut odd) = ([S::splat(0.0); W], [S::splat(0.0); W]);
+        match source {
+            Source::F32(k, _) => {
+                for d in 0..dim {
+                    for (i, v) in v.iter_mut().enumerate() {
+                        let key = from + i * S::LANES;
+                        *v = S::load(k.add((key / HALF * dim + d) * HALF + key % HALF));
+                    }
+                    S::outer::<R, W, 1>(q.add(d * R), &v, &mut acc);
+                }
+            }
+            Source::Bf16(k, _) => {
+                for d in 0..dim / 2 {
+                    if let Some(v) = next {
+                        for i in 0..W * S::LANES / HALF {
+                            _mm_prefetch::<_MM_HINT_T0>(
+                                v.wrapping_add(from * dim + (d * W * S::LANES / HALF + i) * 32)
+                                    .cast(),
+                            );
+                        }
+                    }
+                    for (i, (v, odd)) in v.iter_mut().zip(&mut odd).enumerate() {
+                        let key = from + i * S::LANES;
+                        let at = (key / HALF * dim / 2 + d) * HALF + key % HALF;
+                        (*v, *odd) = S::load_pairs(k.add(at * 2));
+                    }
+                    S::outer::<R, W, 1>(q.add(2 * d * R), &v, &mut acc);
+                    S::outer::<R, W, 1>(q.add((2 * d + 1) * R), &odd, &mut acc);
+                }
+            }
+        }
+        for (s, acc) in s.iter_mut().zip(acc) {
+            for (i, acc) in acc.into_iter().enumerate() {
+                S::store(s.as_mut_ptr().add(from + i * S::LANES), acc);
+            }
+        }
+    }
+}
+
+/// See the scalar twin. Every row gets its factor, or nothing.
+#[inline(always)]
+unsafe fn softmax_step<S: Simd, const R: usize>(
+    s: &mut [[f32; PAGE_ROWS]; R],
+    m: &mut [f32],
+    l: &mut [f32],
+) -> [Option<f32>; R] {
+    // SAFETY: 32 values are a whole number of vectors; R <= 8 differences fill at most one vector.
+    unsafe {
+        let mut steps = [0.0f32; 16];
+        let mut new = [f32::NEG_INFINITY; R];
+        let mut any = [true; R];
+        for r in 0..R {
+            let top = tree::<true>(&s[r]);
+            any[r] = top != f32::NEG_INFINITY;
+            if any[r] {
+                new[r] = if top > m[r] { top } else { m[r] };
+                steps[r] = m[r] - new[r];
+            }
+        }
+        S::store(steps.as_mut_ptr(), exp::<S>(S::load(steps.as_ptr())));
+        let mut factors = [None; R];
+        for r in 0..R {
+            if any[r] {
+                let (p, shift) = (s[r].as_mut_ptr(), S::splat(new[r]));
+                let mut i = 0;
+                while i < PAGE_ROWS {
+                    S::store(p.add(i), exp::<S>(S::sub(S::load(p.add(i)), shift)));
+                    i += S::LANES;
+                }
+                l[r] = l[r].mul_add(steps[r], tree::<false>(&s[r]));
+                m[r] = new[r];
+                factors[r] = Some(steps[r]);
+            }
+        }
+        factors
+    }
+}
+
+/// Maximum or sum of 32 values: element `i` takes in element `i + half` for `half` = 16, 8, 4, 2, 1.
+#[inline(always)]
+unsafe fn tree<const MAX: bool>(s: &[f32; PAGE_ROWS]) -> f32 {
+    // SAFETY: the caller has AVX2, at least.
+    unsafe {
+        macro_rules! step {
+            ($max:ident, $add:ident, $a:expr, $b:expr) => {
+                if MAX { $max($b, $a) } else { $add($a, $b) }
             };
-            for r in 0..R {
-                let x = S::splat(*q.add(r * dim + d));
-                acc[r][0] = S::fma(x, k0, acc[r][0]);
-                if parts == 2 {
-                    acc[r][1] = S::fma(x, k1, acc[r][1]);
-                }
-            }
         }
-        for r in 0..R {
-            for p in 0..parts {
-                S::store(s[r].as_mut_ptr().add(half * HALF + p * S::LANES), acc[r][p]);
-            }
-        }
+        let s = s.as_ptr();
+        let low = step!(
+            _mm256_max_ps,
+            _mm256_add_ps,
+            _mm256_loadu_ps(s),
+            _mm256_loadu_ps(s.add(16))
+        );
+        let high = step!(
+            _mm256_max_ps,
+            _mm256_add_ps,
+            _mm256_loadu_ps(s.add(8)),
+            _mm256_loadu_ps(s.add(24))
+        );
+        let all = step!(_mm256_max_ps, _mm256_add_ps, low, high);
+        let upper = _mm256_extractf128_ps::<1>(all);
+        let four = step!(_mm_max_ps, _mm_add_ps, _mm256_castps256_ps128(all), upper);
+        let two = step!(_mm_max_ps, _mm_add_ps, four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(step!(_mm_max_ps, _mm_add_ps, two, _mm_shuffle_ps::<1>(two, two)))
     }
 }
 
-/// The same against 16 bf16 keys in pairs, `k: [D/2][16][2]`.
+/// `acc[r] = acc[r] * factor[r] + sum_j p[r][j] v[j]`, keys ascending, `W` vectors of dimensions at a time.
 #[inline(always)]
-unsafe fn scores_bf16<S: Simd, const R: usize>(
-    q: *const f32,
-    dim: usize,
-    k: *const u16,
-    half: usize,
-    s: &mut [[f32; PAGE_ROWS]; R],
-) {
-    // SAFETY: q has R * dim values, k has dim * 16, a row of s has 32.
-    unsafe {
-        let parts = HALF / S::LANES;
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for d in 0..dim / 2 {
-            for p in 0..parts {
-                let (even, odd) = S::load_pairs(k.add((d * HALF + p * S::LANES) * 2));
-                for r in 0..R {
-                    let row = q.add(r * dim + 2 * d);
-                    acc[r][p] = S::fma(S::splat(*row), even, acc[r][p]);
-                    acc[r][p] = S::fma(S::splat(*row.add(1)), odd, acc[r][p]);
-                }
-            }
-        }
-        for r in 0..R {
-            for p in 0..parts {
-                S::store(s[r].as_mut_ptr().add(half * HALF + p * S::LANES), acc[r][p]);
-            }
-        }
-    }
-}
-
-/// See the scalar twin.
-#[inline(always)]
-unsafe fn softmax_step<S: Simd>(s: &mut [f32; PAGE_ROWS], m: &mut f32, l: &mut f32) -> Option<f32> {
-    // SAFETY: 32 values are a whole number of vectors.
-    unsafe {
-        let mut best = S::load(s.as_ptr());
-        let mut i = S::LANES;
-        while i < PAGE_ROWS {
-            best = S::larger(best, S::load(s.as_ptr().add(i)));
-            i += S::LANES;
-        }
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        S::store(lanes.as_mut_ptr(), best);
-        let top = lanes
-            .iter()
-            .fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-        if top == f32::NEG_INFINITY {
-            return None;
-        }
-        let new = if top > *m { top } else { *m };
-        let shift = S::splat(new);
-        let mut sum = [0.0f32; PAGE_ROWS];
-        let mut i = 0;
-        while i < PAGE_ROWS {
-            let p = exp::<S>(S::sub(S::load(s.as_ptr().add(i)), shift));
-            S::store(s.as_mut_ptr().add(i), p);
-            S::store(sum.as_mut_ptr().add(i), p);
-            i += S::LANES;
-        }
-        let mut half = PAGE_ROWS / 2;
-        while half > 0 {
-            for i in 0..half {
-                sum[i] += sum[i + half];
-            }
-            half /= 2;
-        }
-        S::store(lanes.as_mut_ptr(), exp::<S>(S::splat(*m - new)));
-        let factor = lanes[0];
-        *l = l.mul_add(factor, sum[0]);
-        *m = new;
-        Some(factor)
-    }
-}
-
-/// `acc[r] = acc[r] * factor[r] + sum_j p[r][j] v[j]`, keys ascending, two vectors of dimensions at a time.
-#[inline(always)]
-unsafe fn values<S: Simd, const R: usize>(
+unsafe fn values<S: Simd, const R: usize, const W: usize>(
     p: &[[f32; PAGE_ROWS]; R],
     factors: [f32; R],
     source: Source,
+    next: Option<*const u16>,
     valid: usize,
     dim: usize,
     acc: *mut f32,
 ) {
-    // SAFETY: acc has R * dim values, V has valid rows of dim; dim is a multiple of 16, so with 16 lanes the second vector of
-    // the last pair may not exist and is skipped.
+    // SAFETY: acc has R * dim values, V has valid rows of dim; dim is a multiple of 16.
     unsafe {
         let mut d = 0;
-        while d < dim {
-            let two = d + S::LANES < dim;
-            let mut sum = [[S::splat(0.0); 2]; R];
-            for r in 0..R {
-                let factor = S::splat(factors[r]);
-                sum[r][0] = S::mul(S::load(acc.add(r * dim + d)), factor);
-                if two {
-                    sum[r][1] = S::mul(S::load(acc.add(r * dim + d + S::LANES)), factor);
-                }
-            }
-            for j in 0..valid {
-                let at = j * dim + d;
-                let (v0, v1) = match source {
-                    Source::F32(_, v) => {
-                        let v0 = S::load(v.add(at));
-                        (v0, if two { S::load(v.add(at + S::LANES)) } else { v0 })
-                    }
-                    Source::Bf16(_, v) => {
-                        let v0 = S::load_bf16(v.add(at));
-                        (
-                            v0,
-                            if two {
-                                S::load_bf16(v.add(at + S::LANES))
-                            } else {
-                                v0
-                            },
-                        )
-                    }
-                };
-                for r in 0..R {
-                    let w = S::splat(p[r][j]);
-                    sum[r][0] = S::fma(w, v0, sum[r][0]);
-                    sum[r][1] = S::fma(w, v1, sum[r][1]);
-                }
-            }
-            for r in 0..R {
-                S::store(acc.add(r * dim + d), sum[r][0]);
-                if two {
-                    S::store(acc.add(r * dim + d + S::LANES), sum[r][1]);
-                }
-            }
+        while d + W * S::LANES <= dim {
+            values_at::<S, R, W>(p, factors, source, next, valid, dim, d, acc);
+            d += W * S::LANES;
+        }
+        if W > 2 && d + 2 * S::LANES <= dim {
+            values_at::<S, R, 2>(p, factors, source, next, valid, dim, d, acc);
             d += 2 * S::LANES;
+        }
+        if d < dim {
+            values_at::<S, R, 1>(p, factors, source, next, valid, dim, d, acc);
+        }
+    }
+}
+
+/// See [`values`]: dimensions from `d` on.
+#[inline(always)]
+unsafe fn values_at<S: Simd, const R: usize, const W: usize>(
+    p: &[[f32; PAGE_ROWS]; R],
+    factors: [f32; R],
+    source: Source,
+    next: Option<*const u16>,
+    valid: usize,
+    dim: usize,
+    d: usize,
+    acc: *mut f32,
+) {
+    // SAFETY: the caller's: W vectors from d on are inside rows of dim.
+    unsafe {
+        let mut v = [S::splat(0.0); W];
+        let mut sum = [[S::splat(0.0); W]; R];
+        for (r, sum) in sum.iter_mut().enumerate() {
+            let factor = S::splat(factors[r]);
+            for (i, sum) in sum.iter_mut().enumerate() {
+                *sum = S::mul(S::load(acc.add(r * dim + d + i * S::LANES)), factor);
+            }
+        }
+        let p = p.as_ptr().cast::<f32>();
+        match source {
+            Source::F32(_, values) => {
+                for j in 0..valid {
+                    for (i, v) in v.iter_mut().enumerate() {
+                        *v = S::load(values.add(j * dim + d + i * S::LANES));
+                    }
+                    S::outer::<R, W, PAGE_ROWS>(p.add(j), &v, &mut sum);
+                }
+            }
+            Source::Bf16(_, values) => {
+                for j in 0..valid {
+                    if let Some(k) = next
+                        && j < W * S::LANES
+                    {
+                        _mm_prefetch::<_MM_HINT_T0>(k.wrapping_add((d + j) * 32).cast());
+                    }
+                    for (i, v) in v.iter_mut().enumerate() {
+                        *v = S::load_bf16(values.add(j * dim + d + i * S::LANES));
+                    }
+                    S::outer::<R, W, PAGE_ROWS>(p.add(j), &v, &mut sum);
+                }
+            }
+        }
+        for (r, sum) in sum.into_iter().enumerate() {
+            for (i, sum) in sum.into_iter().enumerate() {
+                S::store(acc.add(r * dim + d + i * S::LANES), sum);
+            }
         }
     }
 }

@@ -104,6 +104,7 @@ impl Case {
         reset(&mut state);
         let mut scratch = AttendScratch {
             wide: vec![f32::NAN; 7],
+            q: vec![f32::NAN; 5],
         };
         let cut = cut.min(pages.len());
         let cut_keys = (cut * PAGE_ROWS).min(self.keys);
