@@ -7,6 +7,7 @@ mod amx;
 pub mod attend;
 pub mod cpu;
 pub mod matmul;
+pub mod memory;
 pub mod ops;
 pub mod probe;
 pub mod quant;

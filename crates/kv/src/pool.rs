@@ -1,6 +1,7 @@
 //! The arena of pages, its accountant, and the page tables of sequences.
 
 use antefix_kernels::attend::{KvDtype, Page, PageLayout, PageMut};
+use antefix_kernels::memory::Slab;
 use antefix_state::PAGE_ROWS;
 
 /// What one token's keys and values look like.
@@ -137,8 +138,8 @@ impl SeqKv {
 }
 
 enum Chunk {
-    Bf16(Vec<u16>),
-    F32(Vec<f32>),
+    Bf16(Slab<u16>),
+    F32(Slab<f32>),
 }
 
 /// Bytes taken from the system at a time.
@@ -218,7 +219,8 @@ impl Pool {
             partial.map_or(0, shared)
         };
         let need = new * self.shape.runs() + copies(&self.owners);
-        if need > self.capacity_pages - self.used_pages() {
+        let allowed = need <= self.capacity_pages - self.used_pages();
+        if !allowed || !self.has_free(need) {
             let page = self.shape.page_bytes();
             return Err(KvError::OutOfMemory {
                 asked: need.saturating_mul(page),
@@ -386,26 +388,37 @@ impl Pool {
 
     /// A page with one owner. The caller has asked the accountant.
     pub(crate) fn take(&mut self) -> PageId {
-        if self.free.is_empty() {
-            self.grow();
-        }
-        let id = self.free.pop().expect("the pool has just grown");
+        let id = self.free.pop().expect("`reserve` has made sure of the pages");
         self.owners[id.0 as usize] = 1;
         id
     }
 
-    fn grow(&mut self) {
+    /// Whether `pages` pages are free now, after growing if need be.
+    pub(crate) fn has_free(&mut self, pages: usize) -> bool {
+        while self.free.len() < pages {
+            if self.grow().is_none() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Nothing when the system has no more memory, whatever the capacity says.
+    fn grow(&mut self) -> Option<()> {
         // The last chunk may hold fewer pages than its memory: the capacity is kept to the page.
         let pages = self.pages_per_chunk.min(self.capacity_pages - self.owners.len());
+        if pages == 0 {
+            return None;
+        }
         let len = pages * 2 * self.shape.layout().part_len();
-        // Zeroed memory comes from the system untouched: pages cost memory when they are first written.
         self.chunks.push(match self.shape.dtype {
-            KvDtype::Bf16 => Chunk::Bf16(vec![0; len]),
-            KvDtype::F32 => Chunk::F32(vec![0.0; len]),
+            KvDtype::Bf16 => Chunk::Bf16(Slab::zeroed(len)?),
+            KvDtype::F32 => Chunk::F32(Slab::zeroed(len)?),
         });
         let first = self.owners.len() as u32;
         self.owners.resize(self.owners.len() + pages, 0);
         self.free.extend((first..first + pages as u32).rev().map(PageId));
+        Some(())
     }
 }
 

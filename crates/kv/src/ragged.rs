@@ -36,7 +36,7 @@ impl HeadRun {
         );
         let need = keep.len().div_ceil(PAGE_ROWS);
         let asked = need * pool.shape().page_bytes();
-        if asked > pool.free_bytes() {
+        if asked > pool.free_bytes() || !pool.has_free(need) {
             return Err(KvError::OutOfMemory {
                 asked,
                 free: pool.free_bytes(),

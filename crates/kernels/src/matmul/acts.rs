@@ -1,7 +1,7 @@
 //! Activations: as they are, and quantised to int8 in blocks of 32.
 
-use super::buffer::Shared;
 use super::layout::BLOCK;
+use crate::memory::Shared;
 use crate::team::Team;
 
 /// Reusable activations `[rows, k]`, the left side of every product.

@@ -16,7 +16,6 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod buffer;
 mod layout;
 mod pack;
 mod scalar;
@@ -28,9 +27,9 @@ use std::ops::Range;
 pub use acts::Acts;
 
 use crate::cpu::{Cpu, Path};
+use crate::memory::{Buffer, Shared};
 use crate::quant::{Format, QuantError};
 use crate::team::Team;
-use buffer::{Buffer, Shared};
 use layout::{COLS, Kind};
 
 /// What a product is computed with.

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::buffer::{Buffer, Shared};
 use super::layout::{BLOCK, CODES, COLS, Kind, Record};
 use super::{Matrix, Precision};
+use crate::memory::{Buffer, Shared};
 use crate::quant::{self, Decoded, Format, QuantError};
 use crate::team::Team;
 

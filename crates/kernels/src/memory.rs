@@ -1,4 +1,4 @@
-//! Aligned memory for packed weights.
+//! Aligned memory for packed weights and for pages of keys and values: on huge pages, so that few address translations are needed.
 
 use std::alloc;
 use std::ptr::NonNull;
@@ -20,6 +20,10 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     /// Uninitialised: the caller writes all of it before it reads. `None` when the system has not that much memory.
     pub(crate) fn uninit(len: usize) -> Option<Buffer> {
+        Self::alloc(len, false)
+    }
+
+    fn alloc(len: usize, zeroed: bool) -> Option<Buffer> {
         let align = if len >= HUGE { HUGE } else { LINE };
         let layout = alloc::Layout::from_size_align(len.max(1), align).ok()?;
         // SAFETY: the layout's size is at least 1.
@@ -28,6 +32,11 @@ impl Buffer {
         if len >= HUGE {
             // SAFETY: the range is ours; the advice changes no contents. A refusal only costs speed.
             unsafe { libc::madvise(data.as_ptr().cast(), len / HUGE * HUGE, libc::MADV_HUGEPAGE) };
+        }
+        if zeroed {
+            // After the advice, so that the first touch is of huge pages.
+            // SAFETY: `len` bytes are ours.
+            unsafe { data.as_ptr().write_bytes(0, len) };
         }
         Some(Buffer { data, layout })
     }
@@ -45,6 +54,47 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: allocated in `uninit` with this layout.
         unsafe { alloc::dealloc(self.data.as_ptr(), self.layout) };
+    }
+}
+
+mod sealed {
+    /// Numbers for which all bits zero is 0.
+    pub trait Number: Copy {}
+    impl Number for u16 {}
+    impl Number for f32 {}
+}
+
+/// A fixed number of `u16` or `f32`, at first zeros.
+pub struct Slab<T: sealed::Number> {
+    buffer: Buffer,
+    len: usize,
+    kind: std::marker::PhantomData<T>,
+}
+
+impl<T: sealed::Number> Slab<T> {
+    /// `len` zeros. `None` when the system has not that much memory.
+    pub fn zeroed(len: usize) -> Option<Self> {
+        let buffer = Buffer::alloc(len.checked_mul(size_of::<T>())?, true)?;
+        Some(Self {
+            buffer,
+            len,
+            kind: std::marker::PhantomData,
+        })
+    }
+}
+
+impl<T: sealed::Number> std::ops::Deref for Slab<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` numbers, initialised in `zeroed`, aligned to at least 64 bytes.
+        unsafe { std::slice::from_raw_parts(self.buffer.ptr().cast(), self.len) }
+    }
+}
+
+impl<T: sealed::Number> std::ops::DerefMut for Slab<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and the slab is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.buffer.ptr_mut().cast(), self.len) }
     }
 }
 
