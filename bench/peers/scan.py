@@ -7,13 +7,15 @@ itself with that format. Long rows try only the flags that came within 20 % of t
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from engines import EQUAL, WORSE, Failed, Flags, calm, warn
 from rows import Row, parse
 
 # Results closer than this to the best are measured once more.
 TIE = 0.95
+# Steps of a shared row while flags are tried; depth, not their number, decides the speed.
+SHARED_PROBE = 16
 # Flags slower than this at 2,048 tokens are not tried on longer rows.
 HOPELESS = 0.8
 
@@ -78,10 +80,11 @@ class Scan:
     def _measure(self, model, row):
         results = {}
         contenders = self._contenders(model, row)
+        probe = replace(row, n=SHARED_PROBE) if row.kind == "shared" else row
 
         def once(format, flags):
             try:
-                run = calm(lambda: self.engines.llama(model, row, format, flags, repeats=1))
+                run = calm(lambda: self.engines.llama(model, probe, format, flags, repeats=1))
             except Failed as error:
                 warn(f"scan: {error}")
                 return
