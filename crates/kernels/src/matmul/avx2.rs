@@ -5,7 +5,7 @@
 //! sign into the activation (128 * 127 * 2 = 32,512), many rows are widened to i16 once per panel.
 //!
 //! One row streams records from memory and unpacks them in registers. Several rows unpack a stretch of a panel once, then walk it in
-//! tiles of 4 rows x 16 columns.
+//! tiles of up to 6 rows x 16 columns.
 
 #[allow(clippy::wildcard_imports)] // Dozens of intrinsics.
 use std::arch::x86_64::*;
@@ -15,8 +15,10 @@ use super::{MAX_ROWS, Task};
 
 /// Blocks unpacked at once: 32 records are 16 KB of codes (and up to 8 KB of scales), half of the first cache. As i16, 16 records.
 const STRETCH: usize = 32;
-/// Rows of a tile.
-const TILE: usize = 4;
+/// Most rows of a tile: 6 rows x 2 vectors of sums, 2 of weights and 2 at work are the 16 registers.
+const TILE: usize = 6;
+/// The same for plain floats.
+const FLOAT_TILE: usize = 4;
 
 /// Computes a task.
 ///
@@ -43,7 +45,7 @@ pub(crate) unsafe fn run(task: &Task<'_>) {
                     3 => float_rows::<3>(task, p, r),
                     _ => float_rows::<4>(task, p, r),
                 }
-                r += TILE;
+                r += FLOAT_TILE;
             }
         });
     }
@@ -260,6 +262,11 @@ const fn stretch<K: Fixed>() -> usize {
     if K::RECORD.bits == 8 { STRETCH / 2 } else { STRETCH }
 }
 
+/// Rows of a tile of kind `K`. 6-bit codes widen after every second step: six rows would spill.
+const fn highest<K: Fixed>() -> usize {
+    if K::RECORD.bits == 6 { 4 } else { TILE }
+}
+
 /// Unpacks `blocks` records.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -346,13 +353,21 @@ fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_RO
         unpack::<K>(records, &mut stretch_of);
         let first = s * stretch::<K>();
         let blocks = first..first + records.len() / K::RECORD.bytes();
-        for (t, acc) in acc[..rows].chunks_mut(TILE).enumerate() {
-            let r = task.rows.start + t * TILE;
-            match acc.len() {
+        // Tiles of equal height, or one row less: a low tile at the end would waste half its work.
+        let tiles = rows.div_ceil(const { highest::<K>() });
+        let mut done = 0;
+        for t in 0..tiles {
+            let height = rows / tiles + usize::from(t < rows % tiles);
+            let r = task.rows.start + done;
+            let acc = &mut acc[done..done + height];
+            done += height;
+            match height {
                 1 => tile::<K, 1>(task, r, blocks.clone(), &stretch_of, acc),
                 2 => tile::<K, 2>(task, r, blocks.clone(), &stretch_of, acc),
                 3 => tile::<K, 3>(task, r, blocks.clone(), &stretch_of, acc),
-                _ => tile::<K, 4>(task, r, blocks.clone(), &stretch_of, acc),
+                4 => tile::<K, 4>(task, r, blocks.clone(), &stretch_of, acc),
+                5 => tile::<K, 5>(task, r, blocks.clone(), &stretch_of, acc),
+                _ => tile::<K, TILE>(task, r, blocks.clone(), &stretch_of, acc),
             }
         }
     }
@@ -402,22 +417,11 @@ fn tile<K: Fixed, const R: usize>(
             for part in 0..parts {
                 let mut isum = [[_mm256_setzero_si256(); 2]; R];
                 if record.bits == 8 {
-                    let w = w.codes.as_ptr().add(1024 * b);
-                    for four in 0..opaque(4) {
-                        for pair in 4 * four..4 * four + 4 {
-                            let w0 = _mm256_load_si256(w.add(64 * pair).cast());
-                            let w1 = _mm256_load_si256(w.add(64 * pair + 32).cast());
-                            for (i, isum) in isum.iter_mut().enumerate() {
-                                let x = q16
-                                    .add((i * all + b) * BLOCK + 2 * pair)
-                                    .cast::<i32>()
-                                    .read_unaligned();
-                                let x = _mm256_set1_epi32(x);
-                                isum[0] = _mm256_add_epi32(isum[0], _mm256_madd_epi16(w0, x));
-                                isum[1] = _mm256_add_epi32(isum[1], _mm256_madd_epi16(w1, x));
-                            }
-                        }
-                    }
+                    isum = dots::<R, 16>(
+                        w.codes.as_ptr().add(1024 * b),
+                        q16.add(b * BLOCK).cast(),
+                        2 * all * BLOCK,
+                    );
                 } else {
                     let span = const {
                         if K::RECORD.halves && K::RECORD.bits == 4 {
@@ -428,26 +432,22 @@ fn tile<K: Fixed, const R: usize>(
                     };
                     let groups = 8 / parts;
                     for s in 0..groups / span {
-                        let mut pairs = [[_mm256_setzero_si256(); 2]; R];
-                        for g in 0..opaque(span) {
-                            let g = part * groups + s * span + g;
-                            let w = w.codes.as_ptr().add(512 * b + 64 * g);
-                            let w0 = _mm256_load_si256(w.cast());
-                            let w1 = _mm256_load_si256(w.add(32).cast());
-                            for (i, pairs) in pairs.iter_mut().enumerate() {
-                                let x = q
-                                    .add((i * all + b) * BLOCK + 4 * g)
-                                    .cast::<i32>()
-                                    .read_unaligned();
-                                let x = _mm256_set1_epi32(x);
-                                pairs[0] = _mm256_add_epi16(pairs[0], _mm256_maddubs_epi16(w0, x));
-                                pairs[1] = _mm256_add_epi16(pairs[1], _mm256_maddubs_epi16(w1, x));
-                            }
-                        }
+                        let g = part * groups + s * span;
+                        let w = w.codes.as_ptr().add(512 * b + 64 * g);
+                        let q = q.add(b * BLOCK + 4 * g).cast();
+                        let pairs = match span {
+                            8 => dots::<R, 8>(w, q, all * BLOCK),
+                            4 => dots::<R, 4>(w, q, all * BLOCK),
+                            _ => dots::<R, 2>(w, q, all * BLOCK),
+                        };
                         for (isum, pairs) in isum.iter_mut().zip(pairs) {
                             for side in 0..2 {
-                                isum[side] =
-                                    _mm256_add_epi32(isum[side], _mm256_madd_epi16(pairs[side], ones));
+                                let wide = _mm256_madd_epi16(pairs[side], ones);
+                                isum[side] = if s == 0 {
+                                    wide
+                                } else {
+                                    _mm256_add_epi32(isum[side], wide)
+                                };
                             }
                         }
                     }
@@ -485,13 +485,133 @@ fn tile<K: Fixed, const R: usize>(
     }
 }
 
-/// `n`, but the compiler does not know that it is: a loop over it stays a loop. Unrolled, its loads are gathered at the start and most
-/// registers spilled.
+/// Integer dots of `R` rows of activations, `stride` bytes apart, with 16 columns over `STEPS` steps of 4 bytes of a row and 64 of
+/// the weights: i16 sums of pairs of bytes, or, for 16 steps, i32 sums of i16.
+///
+/// By hand, because a compiler that unrolls this gathers the loads at the start and spills most of the registers.
+///
+/// # Safety
+/// `64 * STEPS` bytes at `w`, aligned to 32; `4 * STEPS` bytes of each row at `x`.
 #[inline]
-fn opaque(mut n: usize) -> usize {
-    // SAFETY: no instruction.
-    unsafe { std::arch::asm!("/* {0} */", inout(reg) n, options(pure, nomem, nostack, preserves_flags)) };
-    n
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dots<const R: usize, const STEPS: usize>(
+    w: *const u8,
+    x: *const u8,
+    stride: usize,
+) -> [[__m256i; 2]; R] {
+    let mut acc = [[_mm256_setzero_si256(); 2]; R];
+    // A step: two vectors of weights, then every row. The first step moves, the others add.
+    macro_rules! row {
+        ($mul:literal, -, $at:literal, $row:literal, $a:literal, $b:literal) => {
+            concat!(
+                "vpbroadcastd {x}, dword ptr [{p}",
+                $row,
+                " + 4*",
+                $at,
+                "]\n",
+                $mul,
+                " {",
+                $a,
+                "}, {v}, {x}\n",
+                $mul,
+                " {",
+                $b,
+                "}, {w}, {x}\n",
+            )
+        };
+        ($mul:literal, $add:literal, $at:literal, $row:literal, $a:literal, $b:literal) => {
+            concat!(
+                "vpbroadcastd {x}, dword ptr [{p}",
+                $row,
+                " + 4*",
+                $at,
+                "]\n",
+                $mul,
+                " {t}, {v}, {x}\n",
+                $add,
+                " {",
+                $a,
+                "}, {",
+                $a,
+                "}, {t}\n",
+                $mul,
+                " {x}, {w}, {x}\n",
+                $add,
+                " {",
+                $b,
+                "}, {",
+                $b,
+                "}, {x}\n",
+            )
+        };
+    }
+    macro_rules! step {
+        ($mul:literal, $add:tt, $at:literal, [$($row:literal $a:literal $b:literal),*]) => {
+            concat!(
+                "vmovdqa {v}, ymmword ptr [{c} + 64*", $at, "]\n",
+                "vmovdqa {w}, ymmword ptr [{c} + 64*", $at, " + 32]\n",
+                $(row!($mul, $add, $at, $row, $a, $b)),*
+            )
+        };
+    }
+    macro_rules! block {
+        ($mul:literal, $add:literal, [$($at:literal),*], $rows:tt, $($r:literal $a:ident $b:ident),*) => {
+            // SAFETY: reads just what the caller promises.
+            unsafe {
+                std::arch::asm!(
+                    "/* {s} {s3} {s5} {t} */",
+                    step!($mul, -, "0", $rows),
+                    $(step!($mul, $add, $at, $rows),)*
+                    c = in(reg) w,
+                    p = in(reg) x,
+                    s = in(reg) stride,
+                    s3 = in(reg) 3 * stride,
+                    s5 = in(reg) 5 * stride,
+                    v = out(ymm_reg) _,
+                    w = out(ymm_reg) _,
+                    x = out(ymm_reg) _,
+                    t = out(ymm_reg) _,
+                    $($a = out(ymm_reg) acc[$r][0], $b = out(ymm_reg) acc[$r][1],)*
+                    options(readonly, nostack, preserves_flags)
+                )
+            }
+        };
+    }
+    macro_rules! height {
+        ($rows:tt, $($r:literal $a:ident $b:ident),*) => {
+            match STEPS {
+                2 => block!("vpmaddubsw", "vpaddw", ["1"], $rows, $($r $a $b),*),
+                4 => block!("vpmaddubsw", "vpaddw", ["1", "2", "3"], $rows, $($r $a $b),*),
+                8 => block!(
+                    "vpmaddubsw", "vpaddw", ["1", "2", "3", "4", "5", "6", "7"], $rows, $($r $a $b),*
+                ),
+                _ => block!(
+                    "vpmaddwd", "vpaddd",
+                    ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15"],
+                    $rows, $($r $a $b),*
+                ),
+            }
+        };
+    }
+    const { assert!(R >= 1 && R <= TILE && matches!(STEPS, 2 | 4 | 8 | 16)) };
+    match R {
+        1 => height!(["" "a" "b"], 0 a b),
+        2 => height!(["" "a" "b", " + {s}" "d" "e"], 0 a b, 1 d e),
+        3 => height!(["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g"], 0 a b, 1 d e, 2 f g),
+        4 => height!(
+            ["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g", " + {s3}" "h" "i"],
+            0 a b, 1 d e, 2 f g, 3 h i
+        ),
+        5 => height!(
+            ["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g", " + {s3}" "h" "i", " + 4*{s}" "j" "k"],
+            0 a b, 1 d e, 2 f g, 3 h i, 4 j k
+        ),
+        _ => height!(
+            ["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g", " + {s3}" "h" "i", " + 4*{s}" "j" "k", " + {s5}" "l" "m"],
+            0 a b, 1 d e, 2 f g, 3 h i, 4 j k, 5 l m
+        ),
+    }
+    acc
 }
 
 /// `R` rows from row `r` against a panel of plain floats.
