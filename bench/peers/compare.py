@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,7 @@ def main():
     try:
         measure(session, args, names)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         warn("stopped; what was measured follows")
     warn(f"lines: {session.path}")
     print(table.markdown(session.lines, table.read(session.path)))
