@@ -210,10 +210,12 @@ pub fn attend(
         groups = &groups[end..];
     }
     let tree_tasks = tasks.len();
+    // The tree's last states may belong to no task: rows whose keys end before its last partition.
+    let mut at = partitions * heads * tree_rows;
     for &(seq, from, to) in &blocks {
         for head in 0..heads {
-            let at = split.at;
             let state = split.take(at..at + (to - from) * group);
+            at += (to - from) * group;
             tasks.push(Mutex::new(Some(Task {
                 head,
                 work: Work::Block { seq, from, to },

@@ -5,3 +5,6 @@ mod sharing;
 
 pub use attend::{AttendError, Geometry, Scratch, attend};
 pub use sharing::{SeqRows, Sharing};
+
+#[cfg(test)]
+mod tests;

@@ -43,10 +43,19 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Random requests: prompts of 1 to 150 tokens that share prefixes, greedy and sampled, arriving at different steps.
+    /// Random requests: prompts of 1 to 160 tokens that share prefixes, greedy and sampled, arriving at different steps.
     pub fn random(rng: &mut Rng, vocab: usize) -> Self {
+        Self::with_prefix_below(rng, vocab, 120)
+    }
+
+    /// The same with prefixes of up to 2,500 tokens: sequences end in different partitions of the keys.
+    pub fn long(rng: &mut Rng, vocab: usize) -> Self {
+        Self::with_prefix_below(rng, vocab, 2500)
+    }
+
+    fn with_prefix_below(rng: &mut Rng, vocab: usize, limit: usize) -> Self {
         let mut below = |n: usize| (rng.bits() % n as u64) as usize;
-        let shared: Vec<u32> = (0..below(120)).map(|_| below(vocab) as u32).collect();
+        let shared: Vec<u32> = (0..below(limit)).map(|_| below(vocab) as u32).collect();
         let arrivals = (0..2 + below(4))
             .map(|_| {
                 let keep = below(shared.len() + 1);
@@ -69,10 +78,20 @@ impl Traffic {
             })
             .collect();
         let budget = Budget {
-            rows: 1 + below(70),
-            prompt_rows_beside_decode: 1 + below(30),
+            rows: 1 + below(limit.max(140) / 2),
+            prompt_rows_beside_decode: 1 + below(limit.max(120) / 4),
         };
         Self { arrivals, budget }
+    }
+
+    /// Tokens of the longest request, its answer included.
+    pub fn longest(&self) -> usize {
+        let tokens = |raw: &RawJob| raw.tokens.len() + raw.max_tokens.unwrap_or(0);
+        self.arrivals
+            .iter()
+            .map(|(_, raw)| tokens(raw))
+            .max()
+            .unwrap_or(0)
     }
 
     /// Runs everything together on `engine`; answers in the order of `arrivals`.
@@ -113,13 +132,14 @@ impl Traffic {
     }
 }
 
-/// An engine with room for what [`Traffic::random`] makes, but not for much more: requests wait and prefixes are evicted.
-pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, budget: Budget) -> Engine {
+/// An engine with room for two or three of the longest requests of `traffic`: requests wait and prefixes are evicted.
+pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, traffic: &Traffic) -> Engine {
     let sizes = antefix_kv::Pool::new(model.kv_shape(), 0);
+    let context = traffic.longest().max(170);
     let options = Options {
-        kv_bytes: sizes.bytes_for(32) * 16,
-        context: 512,
-        budget,
+        kv_bytes: sizes.bytes_for(context) * 5 / 2,
+        context,
+        budget: traffic.budget,
     };
     Engine::new(Arc::clone(model), Arc::clone(tokenizer), options)
 }

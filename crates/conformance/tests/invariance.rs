@@ -13,7 +13,7 @@ fn answers_do_not_depend_on_cache_company_chunks_or_threads() {
     let cases: usize = std::env::var("ANTEFIX_CASES")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(60);
+        .unwrap_or(160);
     let (mut requests, mut tokens) = (0, 0);
     for arch in [Arch::Llama, Arch::Qwen2, Arch::Qwen3, Arch::Gemma3] {
         let alone = tiny(arch, Cpu::best(), 1);
@@ -23,8 +23,10 @@ fn answers_do_not_depend_on_cache_company_chunks_or_threads() {
             let vocab = alone.0.spec().vocab;
             let (model, tokenizer) = &together[case % 2];
             // Two rounds on one engine: the second finds what the first left in the cache.
-            let rounds = [Traffic::random(&mut rng, vocab), Traffic::random(&mut rng, vocab)];
-            let mut busy = engine(model, tokenizer, rounds[0].budget);
+            let make = if case % 4 == 3 { Traffic::long } else { Traffic::random };
+            let mut rounds = [make(&mut rng, vocab), make(&mut rng, vocab)];
+            rounds.sort_by_key(|r| std::cmp::Reverse(r.longest()));
+            let mut busy = engine(model, tokenizer, &rounds[0]);
             for round in [&rounds[0], &rounds[1], &rounds[0]] {
                 let answers = round.run(&mut busy).unwrap();
                 for ((_, raw), answer) in round.arrivals.iter().zip(&answers) {
@@ -33,7 +35,7 @@ fn answers_do_not_depend_on_cache_company_chunks_or_threads() {
                         budget: Budget::default(),
                     };
                     let want = single
-                        .run(&mut engine(&alone.0, &alone.1, Budget::default()))
+                        .run(&mut engine(&alone.0, &alone.1, &single))
                         .unwrap();
                     requests += 1;
                     tokens += answer.len();
@@ -58,7 +60,7 @@ fn a_cancelled_request_gives_its_pages_back() {
     let (model, tokenizer) = tiny(Arch::Llama, Cpu::best(), 1);
     let mut rng = Rng(5);
     let traffic = Traffic::random(&mut rng, model.spec().vocab);
-    let mut engine = engine(&model, &tokenizer, traffic.budget);
+    let mut engine = engine(&model, &tokenizer, &traffic);
     let mut events = Vec::new();
     let ids: Vec<_> = traffic
         .arrivals

@@ -215,7 +215,7 @@ pub fn tiny_spec(arch: Arch) -> ModelSpec {
         kv_heads,
         head_dim,
         vocab: vocabulary(arch).tokens.len(),
-        context: 512,
+        context: 4096,
         norm_eps: 1e-5,
         embed_scale: if gemma { 8.0 } else { 1.0 },
         attn_scale: (head_dim as f32).sqrt().recip(),
