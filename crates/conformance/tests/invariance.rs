@@ -23,7 +23,11 @@ fn answers_do_not_depend_on_cache_company_chunks_or_threads() {
             let vocab = alone.0.spec().vocab;
             let (model, tokenizer) = &together[case % 2];
             // Two rounds on one engine: the second finds what the first left in the cache.
-            let make = if case % 4 == 3 { Traffic::long } else { Traffic::random };
+            let make = if case % 4 == 3 {
+                Traffic::long
+            } else {
+                Traffic::random
+            };
             let mut rounds = [make(&mut rng, vocab), make(&mut rng, vocab)];
             rounds.sort_by_key(|r| std::cmp::Reverse(r.longest()));
             let mut busy = engine(model, tokenizer, &rounds[0]);
@@ -34,9 +38,7 @@ fn answers_do_not_depend_on_cache_company_chunks_or_threads() {
                         arrivals: vec![(0, raw.clone())],
                         budget: Budget::default(),
                     };
-                    let want = single
-                        .run(&mut engine(&alone.0, &alone.1, &single))
-                        .unwrap();
+                    let want = single.run(&mut engine(&alone.0, &alone.1, &single)).unwrap();
                     requests += 1;
                     tokens += answer.len();
                     let bits = |a: &[(u32, Vec<f32>)]| -> Vec<(u32, Vec<u32>)> {
