@@ -129,12 +129,20 @@ impl Weights {
         } else {
             Role::Output
         };
+        // The largest matrix first: no other is in memory while the file's and the packed form of it are.
+        let output = loader.matrix(output)?;
+        files.drop_pages();
         Ok(Self {
+            output,
             layers: (0..files.spec().layers)
-                .map(|l| loader.layer(l))
+                .map(|l| {
+                    let layer = loader.layer(l);
+                    // Packed: what was read of the file need not stay in memory beside it.
+                    files.drop_pages();
+                    layer
+                })
                 .collect::<Result<_, _>>()?,
             output_norm: loader.vector(Role::OutputNorm)?,
-            output: loader.matrix(output)?,
         })
     }
 
