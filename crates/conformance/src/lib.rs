@@ -64,7 +64,10 @@ impl Traffic {
                 tokens.extend((0..tail).map(|_| below(vocab) as u32));
                 let mut raw = RawJob {
                     tokens,
-                    max_tokens: Some(1 + below(8)),
+                    max_tokens: Some(match below(4) {
+                        0 => 70 + below(90),
+                        _ => 1 + below(8),
+                    }),
                     ignore_eos: true,
                     want_logits: true,
                     no_cache: below(5) == 0,
@@ -132,12 +135,13 @@ impl Traffic {
     }
 }
 
-/// An engine with room for two or three of the longest requests of `traffic`: requests wait and prefixes are evicted.
+/// An engine with room for little more than the longest request of `traffic`: requests wait, prefixes are evicted and
+/// sequences lose their memory to others.
 pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, traffic: &Traffic) -> Engine {
     let sizes = antefix_kv::Pool::new(model.kv_shape(), 0);
-    let context = traffic.longest().max(170);
+    let context = traffic.longest() + 32;
     let options = Options {
-        kv_bytes: sizes.bytes_for(context) * 5 / 2,
+        kv_bytes: sizes.bytes_for(context) * 5 / 4,
         context,
         budget: traffic.budget,
     };

@@ -1,6 +1,6 @@
 //! The loop: admit what fits, schedule, run the model, sample, report.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use antefix_kv::{KvError, Pool, Radix, SeqKv};
@@ -9,8 +9,8 @@ use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
 
 use crate::job::{Job, JobError};
-use crate::sampler::{Sampler, log_softmax_at};
-use crate::schedule::{Budget, Part, SeqId, SeqView, schedule};
+use crate::sampler::{Sampler, log_probs};
+use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
 use crate::stop::{StopMatcher, Stopped};
 
 /// How an engine runs.
@@ -62,9 +62,19 @@ pub struct Usage {
     pub completion_tokens: usize,
 }
 
+/// The log-probability of a prompt token given those before it, and the most likely tokens there.
+pub type PromptLogprob = (f32, Vec<(u32, f32)>);
+
 /// Something that a step brought about.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// The prompt was computed: log-probabilities of its tokens from the second on, if the job wanted them.
+    Prompt {
+        /// Whose.
+        id: SeqId,
+        /// One for each token but the first.
+        logprobs: Vec<PromptLogprob>,
+    },
     /// A token was drawn.
     Token {
         /// Whose.
@@ -73,6 +83,8 @@ pub enum Event {
         token: u32,
         /// Its log-probability under the model, if the job wanted it.
         logprob: Option<f32>,
+        /// The most likely tokens with theirs, best first; as many as the job wanted.
+        top: Vec<(u32, f32)>,
         /// Text that is now certain; may be empty.
         text: String,
         /// The raw logits it was drawn from, `[vocab]`, if the job wanted them.
@@ -100,6 +112,18 @@ pub struct StepReport {
     pub decode_rows: usize,
 }
 
+/// Figures of the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// Sequences that hold memory.
+    pub running: usize,
+    /// Requests in line.
+    pub waiting: usize,
+    /// How often a sequence had to give its memory to another one, since the start.
+    pub preempted: u64,
+}
+
+/// A request from its submission to its end. Without memory (`kv` is empty) it stands in line.
 struct Seq {
     id: SeqId,
     job: Job,
@@ -107,29 +131,68 @@ struct Seq {
     /// Prompt and answer so far.
     tokens: Vec<u32>,
     prompt: usize,
-    cached: usize,
+    /// Prompt tokens taken from the cache when it first started.
+    cached: Option<usize>,
     sampler: Sampler,
     decoder: StreamDecoder,
     stop: StopMatcher,
+    prompt_logprobs: Vec<PromptLogprob>,
 }
 
 impl Seq {
+    fn new(id: SeqId, job: Job, kv: SeqKv) -> Self {
+        Self {
+            id,
+            kv,
+            tokens: job.tokens.clone(),
+            prompt: job.tokens.len(),
+            cached: None,
+            sampler: Sampler::new(job.sampling.clone()),
+            decoder: StreamDecoder::new(),
+            stop: StopMatcher::new(job.stop.clone()),
+            prompt_logprobs: Vec::new(),
+            job,
+        }
+    }
+
     fn pending(&self) -> usize {
         self.tokens.len() - self.kv.len()
     }
 
+    /// Whether only the token drawn last is to be computed. A sequence that lost its memory has more to do.
     fn decoding(&self) -> bool {
-        self.kv.len() >= self.prompt
+        self.kv.len() >= self.prompt && self.pending() == 1
     }
 
     fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.prompt,
-            cached_tokens: self.cached,
+            cached_tokens: self.cached.unwrap_or(0),
             completion_tokens: self.tokens.len() - self.prompt,
         }
     }
+
+    /// Of how many of its next `n` rows logits are read: all of the prompt's that are asked for, and the very last.
+    fn wanted(&self, n: usize) -> usize {
+        let from = self.kv.len();
+        let missing = self.job.prompt_logprobs && self.prompt_logprobs.len() + 1 < self.prompt;
+        match (missing, from + n == self.tokens.len()) {
+            (true, _) => n,
+            (false, ends) => usize::from(ends),
+        }
+    }
+
+    /// Takes in the logits of row `at`, whose next token is known.
+    fn note_prompt(&mut self, at: usize, logits: &[f32]) {
+        if at == self.prompt_logprobs.len() && at + 1 < self.prompt {
+            self.prompt_logprobs
+                .push(log_probs(logits, self.tokens[at + 1], self.job.top_logprobs));
+        }
+    }
 }
+
+/// Tokens of an answer for which memory is set aside at the start; more is taken as it grows.
+const FIRST_ANSWER_TOKENS: usize = 64;
 
 /// Runs requests on one model.
 pub struct Engine {
@@ -138,9 +201,12 @@ pub struct Engine {
     options: Options,
     pool: Pool,
     radix: Radix,
-    waiting: VecDeque<(SeqId, Job)>,
+    waiting: Vec<Seq>,
     running: Vec<Seq>,
+    /// Rows computed for each tenant that waits or runs; a new one starts level with the least of them.
+    used: HashMap<u64, u64>,
     next: u64,
+    preempted: u64,
     scratch: Scratch,
     logits: Vec<f32>,
 }
@@ -159,9 +225,11 @@ impl Engine {
             options,
             pool,
             radix: Radix::new(),
-            waiting: VecDeque::new(),
+            waiting: Vec::new(),
             running: Vec::new(),
+            used: HashMap::new(),
             next: 0,
+            preempted: 0,
             scratch: Scratch::default(),
             logits: Vec::new(),
         }
@@ -187,7 +255,31 @@ impl Engine {
         &self.pool
     }
 
-    /// Takes a request in. It waits until memory is there for its prompt and its longest answer.
+    /// The cached prefixes.
+    pub fn radix(&self) -> &Radix {
+        &self.radix
+    }
+
+    /// Figures of the moment.
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            preempted: self.preempted,
+        }
+    }
+
+    /// Requests that hold memory, with their tokens so far.
+    pub fn running(&self) -> impl Iterator<Item = (SeqId, &[u32])> {
+        self.running.iter().map(|s| (s.id, s.tokens.as_slice()))
+    }
+
+    /// How many of `tokens` a request under `salt` would find cached now.
+    pub fn cached(&self, tokens: &[u32], salt: u64) -> usize {
+        self.radix.matched(tokens, salt)
+    }
+
+    /// Takes a request in. It waits until memory is there for its prompt and the start of its answer.
     ///
     /// # Errors
     /// When it could not run even alone.
@@ -199,27 +291,24 @@ impl Engine {
         }
         let id = SeqId(self.next);
         self.next += 1;
-        self.waiting.push_back((id, job));
+        let tenant = job.tenant;
+        if !self.used.contains_key(&tenant) {
+            let level = self.used.values().min().copied().unwrap_or(0);
+            self.used.insert(tenant, level);
+        }
+        self.waiting
+            .push(Seq::new(id, job, SeqKv::new(self.pool.shape())));
         Ok(id)
     }
 
     /// Ends a request wherever it is; unknown ids are ignored.
     pub fn cancel(&mut self, id: SeqId, events: &mut Vec<Event>) {
-        if let Some(at) = self.waiting.iter().position(|w| w.0 == id) {
-            if let Some((id, job)) = self.waiting.remove(at) {
-                let usage = Usage {
-                    prompt_tokens: job.tokens.len(),
-                    ..Usage::default()
-                };
-                events.push(Event::End {
-                    id,
-                    done: Done::Cancelled,
-                    text: String::new(),
-                    usage,
-                });
-            }
+        if let Some(at) = self.waiting.iter().position(|s| s.id == id) {
+            let seq = self.waiting.remove(at);
+            self.end(seq, Done::Cancelled, events);
         } else if let Some(at) = self.running.iter().position(|s| s.id == id) {
-            self.end(at, Done::Cancelled, events);
+            let seq = self.running.remove(at);
+            self.end(seq, Done::Cancelled, events);
         }
     }
 
@@ -249,30 +338,26 @@ impl Engine {
             })
             .collect();
         let batch = schedule(&views, self.options.budget);
+        self.make_room(&batch.parts)?;
         let mut report = StepReport::default();
-        if batch.parts.is_empty() {
-            return Ok(report);
-        }
+        // Whoever lost its memory is not running any more and drops out of the batch.
         let parts: Vec<(usize, Part)> = batch
             .parts
             .iter()
             .filter_map(|p| self.running.iter().position(|s| s.id == p.id).map(|at| (at, *p)))
             .collect();
+        if parts.is_empty() {
+            return Ok(report);
+        }
         let inputs: Vec<Input<'_>> = parts
             .iter()
             .map(|(at, part)| {
                 let seq = &self.running[*at];
                 let from = seq.kv.len();
-                let ends = from + part.tokens == seq.tokens.len();
-                *(if seq.decoding() {
-                    &mut report.decode_rows
-                } else {
-                    &mut report.prompt_rows
-                }) += part.tokens;
                 Input {
                     tokens: &seq.tokens[from..from + part.tokens],
                     kv: &seq.kv,
-                    logits: usize::from(ends),
+                    logits: seq.wanted(part.tokens),
                 }
             })
             .collect();
@@ -280,38 +365,51 @@ impl Engine {
         let ran = self
             .model
             .forward(&mut self.pool, &inputs, &mut self.scratch, &mut self.logits);
-        let drawn: Vec<bool> = inputs.iter().map(|i| i.logits == 1).collect();
+        let wanted: Vec<usize> = inputs.iter().map(|i| i.logits).collect();
         drop(inputs);
         if let Err(error) = ran {
-            let mut failed: Vec<usize> = parts.iter().map(|p| p.0).collect();
-            failed.sort_unstable_by(|a, b| b.cmp(a));
-            failed
-                .into_iter()
-                .for_each(|at| self.end(at, Done::Failed, events));
+            let failed: Vec<SeqId> = parts.iter().map(|p| p.1.id).collect();
+            self.end_all(|s| failed.contains(&s.id).then_some(Done::Failed), events);
             return Err(error.into());
         }
         let logits = std::mem::take(&mut self.logits);
         let mut rows = logits.chunks_exact(self.model.spec().vocab);
         let mut ended = Vec::new();
-        for ((at, part), draws) in parts.into_iter().zip(drawn) {
+        for ((at, part), wanted) in parts.into_iter().zip(wanted) {
             let seq = &mut self.running[at];
-            let was_decoding = seq.decoding();
+            *(if seq.decoding() {
+                &mut report.decode_rows
+            } else {
+                &mut report.prompt_rows
+            }) += part.tokens;
+            *self.used.entry(seq.job.tenant).or_default() += part.tokens as u64;
+            let had_prompt = seq.kv.len() >= seq.prompt;
             seq.kv.commit(part.tokens);
-            if !was_decoding && seq.decoding() && !seq.job.no_cache {
+            let done = seq.kv.len();
+            if !had_prompt && done >= seq.prompt && !seq.job.no_cache {
                 self.radix
                     .insert(&mut self.pool, &seq.tokens[..seq.prompt], seq.job.salt, &seq.kv);
             }
-            if draws && let Some(row) = rows.next() {
+            let last = (done == seq.tokens.len() && wanted > 0).then_some(done - 1);
+            for (row, at) in rows.by_ref().take(wanted).zip(done - wanted..) {
+                seq.note_prompt(at, row);
+                if Some(at) != last {
+                    continue;
+                }
+                if !had_prompt && seq.job.prompt_logprobs && done == seq.prompt {
+                    events.push(Event::Prompt {
+                        id: seq.id,
+                        logprobs: std::mem::take(&mut seq.prompt_logprobs),
+                    });
+                    seq.job.prompt_logprobs = false;
+                }
                 if let Some(done) = accept(seq, &self.tokenizer, row, events) {
-                    ended.push((at, done));
+                    ended.push((seq.id, done));
                 }
             }
         }
         self.logits = logits;
-        ended.sort_unstable_by_key(|e| std::cmp::Reverse(e.0));
-        ended
-            .into_iter()
-            .for_each(|(at, done)| self.end(at, done, events));
+        self.end_all(|s| ended.iter().find(|e| e.0 == s.id).map(|e| e.1), events);
         Ok(report)
     }
 
@@ -327,71 +425,139 @@ impl Engine {
         Ok(events)
     }
 
-    /// Starts waiting requests, in order, as long as memory for their longest answer is there.
+    /// Starts waiting requests, the next in line first, as long as memory for their prompts is there.
     fn admit(&mut self) -> Result<(), EngineError> {
-        while let Some((_, job)) = self.waiting.front() {
+        loop {
+            let line: Vec<WaitView> = self
+                .waiting
+                .iter()
+                .map(|s| WaitView {
+                    priority: s.job.priority,
+                    used: self.used.get(&s.job.tenant).copied().unwrap_or(0),
+                    id: s.id,
+                })
+                .collect();
+            let Some(at) = next_in_line(&line) else {
+                return Ok(());
+            };
+            let seq = &self.waiting[at];
             // A request whose prefix is just being computed by another waits for it rather than computing it again.
-            if !job.no_cache && self.prefix_in_flight(job) {
+            if !seq.job.no_cache && self.prefix_in_flight(seq) {
                 return Ok(());
             }
-            let prompt = job.tokens.len();
+            let known = seq.tokens.len();
             // The last token is always computed: its logits are needed.
-            let mut kv = match job.no_cache {
+            let mut kv = match seq.job.no_cache || seq.job.prompt_logprobs {
                 true => SeqKv::new(self.pool.shape()),
                 false => self
                     .radix
-                    .lookup(&mut self.pool, &job.tokens[..prompt - 1], job.salt),
+                    .lookup(&mut self.pool, &seq.tokens[..known - 1], seq.job.salt),
             };
             let cached = kv.len();
-            let more = prompt + job.max_tokens - cached;
-            if self.pool.reserve(&mut kv, more).is_err() {
-                let short = self.pool.bytes_for(more + PAGE_ROWS);
-                self.radix.evict(&mut self.pool, short);
-                if let Err(error) = self.pool.reserve(&mut kv, more) {
-                    self.pool.release(kv);
-                    // Somebody who runs will end and free memory; alone it must fit, or `submit` would have refused.
-                    return if self.running.is_empty() {
-                        Err(error.into())
-                    } else {
-                        Ok(())
-                    };
-                }
+            let answer = (seq.prompt + seq.job.max_tokens - known).min(FIRST_ANSWER_TOKENS);
+            let more = known + answer - cached;
+            // Those who run can go on for a while, too: else the newcomer would soon lose its memory to them again.
+            let spare = self.pool.bytes_for(PAGE_ROWS) * self.running.len();
+            let need = self.pool.bytes_for(more + PAGE_ROWS);
+            if self.pool.free_bytes() < need + spare {
+                self.radix.evict(&mut self.pool, need + spare);
             }
-            if let Some((id, job)) = self.waiting.pop_front() {
-                self.running.push(Seq {
-                    id,
-                    kv,
-                    tokens: job.tokens.clone(),
-                    prompt,
-                    cached,
-                    sampler: Sampler::new(job.sampling.clone()),
-                    decoder: StreamDecoder::new(),
-                    stop: StopMatcher::new(job.stop.clone()),
-                    job,
-                });
+            let enough = self.running.is_empty() || self.pool.free_bytes() >= need + spare;
+            let reserved = match enough {
+                true => self.pool.reserve(&mut kv, more),
+                false => {
+                    self.pool.release(kv);
+                    return Ok(());
+                }
+            };
+            if let Err(error) = reserved {
+                self.pool.release(kv);
+                // Somebody who runs will end and free memory; alone it must fit, or `submit` would have refused.
+                return match self.running.is_empty() {
+                    true => Err(error.into()),
+                    false => Ok(()),
+                };
+            }
+            let mut seq = self.waiting.remove(at);
+            seq.kv = kv;
+            seq.cached.get_or_insert(cached);
+            self.running.push(seq);
+        }
+    }
+
+    /// Reserves the pages that `parts` will write. When there are none left, cached prefixes go first; then the sequences that
+    /// came last give their memory up: what they have computed stays cached as long as it can, the rest is computed again.
+    fn make_room(&mut self, parts: &[Part]) -> Result<(), EngineError> {
+        for part in parts {
+            while let Some(at) = self.running.iter().position(|s| s.id == part.id) {
+                let seq = &mut self.running[at];
+                let Err(error) = self.pool.reserve(&mut seq.kv, part.tokens) else {
+                    break;
+                };
+                let short = self.pool.bytes_for(part.tokens + PAGE_ROWS);
+                self.radix.evict(&mut self.pool, short);
+                let seq = &mut self.running[at];
+                if self.pool.reserve(&mut seq.kv, part.tokens).is_ok() {
+                    break;
+                }
+                if self.running.len() == 1 {
+                    return Err(error.into());
+                }
+                let last = (0..self.running.len())
+                    .max_by_key(|&i| (self.running[i].job.priority, self.running[i].id));
+                if let Some(last) = last {
+                    self.preempt(last);
+                }
             }
         }
         Ok(())
     }
 
-    fn prefix_in_flight(&self, job: &Job) -> bool {
+    fn preempt(&mut self, at: usize) {
+        let mut seq = self.running.remove(at);
+        let kv = std::mem::replace(&mut seq.kv, SeqKv::new(self.pool.shape()));
+        if !seq.job.no_cache {
+            self.radix
+                .insert(&mut self.pool, &seq.tokens[..kv.len()], seq.job.salt, &kv);
+        }
+        self.pool.release(kv);
+        seq.prompt_logprobs.clear();
+        self.preempted += 1;
+        self.waiting.push(seq);
+    }
+
+    fn prefix_in_flight(&self, seq: &Seq) -> bool {
         let useful = |n: usize| n / PAGE_ROWS * PAGE_ROWS;
+        let known = &seq.tokens[..seq.tokens.len() - 1];
         self.running.iter().any(|s| {
-            if s.decoding() || s.job.no_cache || s.job.salt != job.salt {
+            if s.kv.len() >= s.prompt || s.job.no_cache || s.job.salt != seq.job.salt {
                 return false;
             }
-            let limit = s.prompt.min(job.tokens.len() - 1);
+            let limit = s.prompt.min(known.len());
             let common = s.tokens[..limit]
                 .iter()
-                .zip(&job.tokens)
+                .zip(known)
                 .take_while(|(a, b)| a == b)
                 .count();
-            useful(common) > self.radix.matched(&job.tokens[..job.tokens.len() - 1], job.salt)
+            useful(common) > self.radix.matched(known, seq.job.salt)
         })
     }
 
-    fn end(&mut self, at: usize, done: Done, events: &mut Vec<Event>) {
-        let mut seq = self.running.remove(at);
+    /// Ends the running sequences that `why` names.
+    fn end_all(&mut self, why: impl Fn(&Seq) -> Option<Done>, events: &mut Vec<Event>) {
+        let mut at = 0;
+        while at < self.running.len() {
+            match why(&self.running[at]) {
+                Some(done) => {
+                    let seq = self.running.remove(at);
+                    self.end(seq, done, events);
+                }
+                None => at += 1,
+            }
+        }
+    }
+
+    fn end(&mut self, mut seq: Seq, done: Done, events: &mut Vec<Event>) {
         let text = match done {
             Done::StopString => String::new(),
             _ => {
@@ -408,7 +574,17 @@ impl Engine {
             text,
             usage: seq.usage(),
         });
+        // The answer is the start of the next turn's prompt.
+        if done != Done::Failed && seq.kv.len() >= seq.prompt && !seq.job.no_cache {
+            self.radix
+                .insert(&mut self.pool, &seq.tokens[..seq.kv.len()], seq.job.salt, &seq.kv);
+        }
         self.pool.release(seq.kv);
+        let tenant = seq.job.tenant;
+        let still = |s: &Seq| s.job.tenant == tenant;
+        if !self.waiting.iter().any(still) && !self.running.iter().any(still) {
+            self.used.remove(&tenant);
+        }
     }
 }
 
@@ -427,10 +603,18 @@ fn accept(seq: &mut Seq, tokenizer: &Tokenizer, logits: &[f32], events: &mut Vec
         Stopped::Go(text) => (text, false),
         Stopped::Stop(text) => (text, true),
     };
+    let (logprob, top) = match seq.job.want_logprobs || seq.job.top_logprobs > 0 {
+        true => {
+            let (own, top) = log_probs(logits, token, seq.job.top_logprobs);
+            (Some(own), top)
+        }
+        false => (None, Vec::new()),
+    };
     events.push(Event::Token {
         id: seq.id,
         token,
-        logprob: seq.job.want_logprobs.then(|| log_softmax_at(logits, token)),
+        logprob,
+        top,
         text,
         logits: seq.job.want_logits.then(|| logits.to_vec()),
     });

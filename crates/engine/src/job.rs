@@ -2,6 +2,9 @@
 
 use crate::sampler::{RawSampling, Sampling, SamplingError};
 
+/// Alternatives that a request may ask for beside each token.
+pub const MAX_TOP_LOGPROBS: usize = 64;
+
 /// What a caller asks for; nothing is trusted.
 #[derive(Debug, Clone, Default)]
 pub struct RawJob {
@@ -21,6 +24,14 @@ pub struct RawJob {
     pub no_cache: bool,
     /// Report every drawn token's log-probability.
     pub want_logprobs: bool,
+    /// Report the log-probabilities of this many most likely tokens beside each drawn one; at most [`MAX_TOP_LOGPROBS`].
+    pub top_logprobs: usize,
+    /// Report the log-probability of every prompt token but the first. The whole prompt is then computed, cached or not.
+    pub prompt_logprobs: bool,
+    /// Who asks: waiting requests of different tenants take turns by the rows they have used.
+    pub tenant: u64,
+    /// Lower runs first; requests of equal priority take turns.
+    pub priority: i32,
     /// Hand out the raw logits of every drawn token.
     pub want_logits: bool,
 }
@@ -65,6 +76,12 @@ pub enum JobError {
         /// Bytes of the pool.
         capacity: usize,
     },
+    /// Too many alternatives.
+    #[error("{asked} log-probabilities a token were asked for, at most {MAX_TOP_LOGPROBS} are given")]
+    TopLogprobs {
+        /// What was asked.
+        asked: usize,
+    },
     /// A sampling setting.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -81,6 +98,10 @@ pub struct Job {
     pub(crate) salt: u64,
     pub(crate) no_cache: bool,
     pub(crate) want_logprobs: bool,
+    pub(crate) top_logprobs: usize,
+    pub(crate) prompt_logprobs: bool,
+    pub(crate) tenant: u64,
+    pub(crate) priority: i32,
     pub(crate) want_logits: bool,
 }
 
@@ -104,6 +125,11 @@ impl Job {
         if max_tokens == 0 {
             return Err(JobError::NoTokens);
         }
+        if raw.top_logprobs > MAX_TOP_LOGPROBS {
+            return Err(JobError::TopLogprobs {
+                asked: raw.top_logprobs,
+            });
+        }
         Ok(Self {
             max_tokens,
             sampling: Sampling::try_from(raw.sampling)?,
@@ -113,6 +139,10 @@ impl Job {
             salt: raw.salt,
             no_cache: raw.no_cache,
             want_logprobs: raw.want_logprobs,
+            top_logprobs: raw.top_logprobs,
+            prompt_logprobs: raw.prompt_logprobs,
+            tenant: raw.tenant,
+            priority: raw.priority,
             want_logits: raw.want_logits,
         })
     }

@@ -9,8 +9,8 @@ mod schedule;
 mod session;
 mod stop;
 
-pub use engine::{Done, Engine, EngineError, Event, Options, StepReport, Usage};
-pub use job::{Job, JobError, RawJob};
+pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
+pub use job::{Job, JobError, MAX_TOP_LOGPROBS, RawJob};
 pub use sampler::{RawSampling, Sampler, Sampling, SamplingError, argmax, log_softmax_at};
-pub use schedule::{Batch, Budget, Part, SeqId, SeqView, schedule};
+pub use schedule::{Batch, Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
 pub use session::Session;

@@ -289,11 +289,52 @@ pub fn argmax(logits: &[f32]) -> u32 {
 
 /// Natural log of the softmax probability of `token`.
 pub fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|x| f64::from((x - max).exp())).sum();
+    let lse = LogSumExp::of(logits);
     logits
         .get(token as usize)
-        .map_or(f32::NEG_INFINITY, |x| x - max - sum.ln() as f32)
+        .map_or(f32::NEG_INFINITY, |&x| lse.log_prob(x))
+}
+
+/// The normaliser of a row of logits.
+struct LogSumExp {
+    max: f32,
+    ln_sum: f32,
+}
+
+impl LogSumExp {
+    fn of(logits: &[f32]) -> Self {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|x| f64::from((x - max).exp())).sum();
+        Self {
+            max,
+            ln_sum: sum.ln() as f32,
+        }
+    }
+
+    fn log_prob(&self, logit: f32) -> f32 {
+        logit - self.max - self.ln_sum
+    }
+}
+
+/// Log-probabilities of one row: of `token`, and of the `top` most likely tokens, best first, equal ones by id.
+pub(crate) fn log_probs(logits: &[f32], token: u32, top: usize) -> (f32, Vec<(u32, f32)>) {
+    let lse = LogSumExp::of(logits);
+    let of = |id: u32| {
+        logits
+            .get(id as usize)
+            .map_or(f32::NEG_INFINITY, |&x| lse.log_prob(x))
+    };
+    if top == 0 {
+        return (of(token), Vec::new());
+    }
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    let best_first = |a: &u32, b: &u32| of(*b).total_cmp(&of(*a)).then(a.cmp(b));
+    if top < ids.len() {
+        ids.select_nth_unstable_by(top, best_first);
+        ids.truncate(top);
+    }
+    ids.sort_unstable_by(best_first);
+    (of(token), ids.into_iter().map(|id| (id, of(id))).collect())
 }
 
 #[cfg(test)]

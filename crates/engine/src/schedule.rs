@@ -49,6 +49,22 @@ impl Default for Budget {
     }
 }
 
+/// What admission knows of one waiting request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WaitView {
+    /// Lower goes first.
+    pub priority: i32,
+    /// Rows that its tenant has used so far.
+    pub used: u64,
+    /// Order of arrival.
+    pub id: SeqId,
+}
+
+/// Which waiting request starts next: by priority, then the tenant that has used least, then the oldest.
+pub fn next_in_line(waiting: &[WaitView]) -> Option<usize> {
+    (0..waiting.len()).min_by_key(|&i| (waiting[i].priority, waiting[i].used, waiting[i].id))
+}
+
 /// Chooses the next step: every decoding sequence, then chunks of prompts, oldest first.
 pub fn schedule(seqs: &[SeqView], budget: Budget) -> Batch {
     let mut batch = Batch::default();
@@ -123,6 +139,21 @@ mod tests {
             .chain([view(200, 9, false)])
             .collect();
         assert_eq!(parts(&seqs).len(), 100);
+    }
+
+    #[test]
+    fn priority_goes_before_use_and_use_before_age() {
+        let wait = |priority, used, id| WaitView {
+            priority,
+            used,
+            id: SeqId(id),
+        };
+        let mut line = vec![wait(0, 50, 1), wait(0, 10, 3), wait(0, 10, 2), wait(-1, 99, 4)];
+        let mut order = Vec::new();
+        while let Some(i) = next_in_line(&line) {
+            order.push(line.remove(i).id.0);
+        }
+        assert_eq!(order, [4, 2, 3, 1]);
     }
 
     #[test]
