@@ -32,8 +32,7 @@ fn noise(seed: u64, n: usize) -> Vec<f32> {
         x ^= x << 17;
         (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
-    (0..8).for_each(|_| drop(next()));
-    (0..n).map(|_| next()).collect()
+    (0..n + 8).map(|_| next()).skip(8).collect()
 }
 
 /// Sequences whose last `rows` keys belong to the rows of the batch.

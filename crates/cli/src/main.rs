@@ -24,6 +24,8 @@ enum Command {
     Run(commands::run::Args),
     /// Talk to a model
     Chat(commands::chat::Args),
+    /// Serve OpenAI's and Anthropic's APIs over HTTP
+    Serve(commands::serve::Args),
     /// Measure prompt and decoding speed, alone and behind a shared prefix
     Bench(commands::bench::Args),
     /// Perplexity of a text file, with llama-perplexity's windowing
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(args) => commands::run::run(args),
         Command::Chat(args) => commands::chat::run(args),
+        Command::Serve(args) => commands::serve::run(args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Logits(args) => commands::logits::run(&args),

@@ -9,5 +9,5 @@ mod ragged;
 
 pub use antefix_kernels::attend::KvDtype;
 pub use pool::{KvError, KvShape, PageId, Pool, SeqKv, Stats};
-pub use radix::Radix;
+pub use radix::{Radix, Run};
 pub use ragged::HeadRun;

@@ -3,6 +3,7 @@
 //! A child is found by its tokens themselves, not by a hash of them, so a hit is never a collision. Salts separate tenants.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use antefix_state::PAGE_ROWS;
 
@@ -18,12 +19,28 @@ struct Node {
     parent: Parent,
     block: Block,
     last_use: u64,
+    touched: Instant,
 }
 
 #[derive(Clone, Copy)]
 enum Parent {
     Root(u64),
     Node(usize),
+}
+
+/// A stretch of cached blocks without a branch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// Its number, unique in a listing.
+    pub id: usize,
+    /// The run that it continues.
+    pub parent: Option<usize>,
+    /// Its own tokens.
+    pub tokens: Vec<u32>,
+    /// Bytes of its pages.
+    pub bytes: usize,
+    /// Since it was last used.
+    pub idle: Duration,
 }
 
 /// Cached prefixes of one pool.
@@ -65,6 +82,47 @@ impl Radix {
         self.path(tokens, salt).len() * PAGE_ROWS
     }
 
+    /// What is cached under `salt`, parents before their children, at most `limit` runs.
+    pub fn runs(&self, pool: &Pool, salt: u64, limit: usize) -> Vec<Run> {
+        let mut out: Vec<Run> = Vec::new();
+        let sorted = |children: &HashMap<Block, usize>| {
+            let mut ids: Vec<usize> = children.values().copied().collect();
+            ids.sort_unstable();
+            ids
+        };
+        let mut stack: Vec<(Option<usize>, usize)> = match self.roots.get(&salt) {
+            Some(children) => sorted(children).into_iter().map(|at| (None, at)).collect(),
+            None => Vec::new(),
+        };
+        while let Some((parent, mut at)) = stack.pop() {
+            if out.len() == limit {
+                break;
+            }
+            let mut run = Run {
+                id: at,
+                parent,
+                tokens: Vec::new(),
+                bytes: 0,
+                idle: Duration::MAX,
+            };
+            while let Some(node) = &self.nodes[at] {
+                run.tokens.extend_from_slice(&node.block);
+                run.bytes += pool.bytes_for(PAGE_ROWS);
+                run.idle = run.idle.min(node.touched.elapsed());
+                let children = sorted(&node.children);
+                match children[..] {
+                    [only] => at = only,
+                    _ => {
+                        stack.extend(children.into_iter().map(|c| (Some(run.id), c)));
+                        break;
+                    }
+                }
+            }
+            out.push(run);
+        }
+        out
+    }
+
     /// The longest cached prefix of `tokens`, as a sequence that shares its pages. Empty if nothing is cached.
     pub fn lookup(&mut self, pool: &mut Pool, tokens: &[u32], salt: u64) -> SeqKv {
         let mut seq = SeqKv::new(pool.shape());
@@ -72,6 +130,7 @@ impl Radix {
         for at in self.path(tokens, salt) {
             if let Some(node) = &mut self.nodes[at] {
                 node.last_use = self.clock;
+                node.touched = Instant::now();
                 for &page in &node.pages {
                     pool.add_ref(page);
                 }
@@ -96,6 +155,7 @@ impl Radix {
         for &at in &path {
             if let Some(node) = &mut self.nodes[at] {
                 node.last_use = self.clock;
+                node.touched = Instant::now();
             }
         }
         let mut parent = path.last().map_or(Parent::Root(salt), |&at| Parent::Node(at));
@@ -108,6 +168,7 @@ impl Radix {
                 parent,
                 block: *block,
                 last_use: self.clock,
+                touched: Instant::now(),
             };
             let at = if let Some(at) = self.free.pop() {
                 self.nodes[at] = Some(node);
@@ -219,6 +280,24 @@ mod tests {
         other[40] = 999;
         assert_eq!(radix.matched(&other, 0), 32);
         assert_eq!(radix.matched(&tokens, 1), 0);
+    }
+
+    #[test]
+    fn runs_are_the_stretches_between_branches() {
+        let (mut pool, mut radix) = (Pool::new(SHAPE, 1 << 20), Radix::new());
+        let base: Vec<u32> = (0..96).collect();
+        let branch = |x: u32| -> Vec<u32> { base[..64].iter().copied().chain([x; 32]).collect() };
+        cached(&mut pool, &mut radix, &branch(7));
+        cached(&mut pool, &mut radix, &branch(8));
+        let runs = radix.runs(&pool, 0, 100);
+        let shape: Vec<_> = runs
+            .iter()
+            .map(|r| (r.parent.is_some(), r.tokens.len(), r.bytes / SHAPE.page_bytes()))
+            .collect();
+        assert_eq!(shape, [(false, 64, 2), (true, 32, 1), (true, 32, 1)]);
+        assert!(runs[1..].iter().all(|r| r.parent == Some(runs[0].id)));
+        assert_eq!(radix.runs(&pool, 0, 1).len(), 1);
+        assert!(radix.runs(&pool, 1, 100).is_empty());
     }
 
     #[test]

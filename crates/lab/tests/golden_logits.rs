@@ -2,6 +2,7 @@
 //!
 //! Each test needs its model in the store and says so when it is not there. The 2,048-token prompts take minutes in f32:
 //! `cargo test --release -p antefix-lab --test golden_logits -- --ignored --nocapture`.
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -23,6 +23,9 @@ pub struct Message {
     pub role: String,
     /// Its text.
     pub content: String,
+    /// What else the template may look at: `tool_calls`, `tool_call_id`, `name` ...
+    #[serde(flatten)]
+    pub extra: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Message {
@@ -31,6 +34,7 @@ impl Message {
         Self {
             role: role.to_string(),
             content: content.into(),
+            extra: serde_json::Map::new(),
         }
     }
 }

@@ -8,6 +8,7 @@ pub(crate) mod logits;
 pub(crate) mod models;
 pub(crate) mod perplexity;
 pub(crate) mod run;
+pub(crate) mod serve;
 pub(crate) mod tokenize;
 
 use std::io::Write;

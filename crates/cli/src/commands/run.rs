@@ -156,6 +156,7 @@ pub(crate) fn answer(
         }
         for event in events.drain(..) {
             match event {
+                Event::Prompt { .. } => {}
                 Event::Token { text, .. } => show(&text)?,
                 Event::End {
                     text, usage: used, ..

@@ -1,0 +1,340 @@
+//! `antefix serve`: the HTTP server. Settings come from flags, then the environment, then a TOML file, then defaults.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use antefix_engine::{Budget, Options};
+use antefix_kv::Pool;
+use antefix_models::template::ChatTemplate;
+use antefix_server::{Config, KeyConfig, Limits, Server};
+use anyhow::{Context, anyhow};
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+use crate::model::{Loaded, ModelArgs, PrecisionArg, RunArgs};
+
+/// Tokens of a sequence at most, if nobody says otherwise.
+const DEFAULT_CONTEXT: usize = 32_768;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// An alias (see `antefix models`), a `.gguf` file, a folder, or hf:OWNER/REPO[/FILE]
+    #[arg(short, long, env = "ANTEFIX_MODEL")]
+    model: Option<String>,
+    /// Address to listen on; other than a loopback address it needs API keys
+    #[arg(long, env = "ANTEFIX_HOST")]
+    host: Option<IpAddr>,
+    /// Port; 0 takes a free one
+    #[arg(long, env = "ANTEFIX_PORT")]
+    port: Option<u16>,
+    /// TOML file with the same settings and `[[keys]]`
+    #[arg(long, env = "ANTEFIX_CONFIG")]
+    config: Option<PathBuf>,
+    /// An API key that may do everything; more, with limits, in the TOML file
+    #[arg(long, env = "ANTEFIX_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Name under which the model answers; repeatable; default: the model's alias or file name
+    #[arg(long = "served-model-name")]
+    names: Vec<String>,
+    /// Tokens of prompt and answer at most; default: what the model was trained for, up to 32,768
+    #[arg(long)]
+    ctx: Option<usize>,
+    /// MiB of keys and values, cached prefixes included; default: half of the free memory
+    #[arg(long)]
+    kv_mib: Option<usize>,
+    /// Requests that may wait; more get 429
+    #[arg(long)]
+    queue: Option<usize>,
+    /// Rows of prompts in a step beside decoding sequences: less = steadier tokens, more = faster prompts
+    #[arg(long)]
+    prompt_rows: Option<usize>,
+    /// Jinja file to use instead of the model's chat template
+    #[arg(long)]
+    chat_template: Option<PathBuf>,
+    /// Refuse fields that are not known
+    #[arg(long)]
+    strict: bool,
+    /// Seconds that running requests have to end after SIGTERM
+    #[arg(long)]
+    drain_s: Option<u64>,
+    /// Threads; default: all cores
+    #[arg(short = 't', long)]
+    threads: Option<usize>,
+    /// Weights as in the file with int8 activations, or everything in f32
+    #[arg(long, value_enum, default_value = "fast")]
+    precision: PrecisionArg,
+    /// Print the settings that would hold, and end
+    #[arg(long)]
+    print_config: bool,
+}
+
+/// All settings; what the file leaves out is a default.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+struct Settings {
+    model: String,
+    host: IpAddr,
+    port: u16,
+    names: Vec<String>,
+    ctx: Option<usize>,
+    kv_mib: Option<usize>,
+    queue: usize,
+    prompt_rows: usize,
+    chat_template: Option<PathBuf>,
+    strict: bool,
+    drain_s: u64,
+    body_mib: usize,
+    body_timeout_s: u64,
+    threads: Option<usize>,
+    #[serde(skip_serializing)]
+    keys: Vec<KeyConfig>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            model: antefix_models::store::DEFAULT.to_string(),
+            host: IpAddr::from([127, 0, 0, 1]),
+            port: 8080,
+            names: Vec::new(),
+            ctx: None,
+            kv_mib: None,
+            queue: 256,
+            prompt_rows: Budget::default().prompt_rows_beside_decode,
+            chat_template: None,
+            strict: false,
+            drain_s: 30,
+            body_mib: 32,
+            body_timeout_s: 30,
+            threads: None,
+            keys: Vec::new(),
+        }
+    }
+}
+
+impl Settings {
+    fn new(args: &Args) -> Result<Self, Failure> {
+        let mut s: Self = match &args.config {
+            None => Self::default(),
+            Some(path) => read(path)?,
+        };
+        fn put<T: Clone>(to: &mut T, from: Option<&T>) {
+            if let Some(value) = from {
+                to.clone_from(value);
+            }
+        }
+        put(&mut s.model, args.model.as_ref());
+        put(&mut s.host, args.host.as_ref());
+        put(&mut s.port, args.port.as_ref());
+        put(&mut s.queue, args.queue.as_ref());
+        put(&mut s.prompt_rows, args.prompt_rows.as_ref());
+        put(&mut s.drain_s, args.drain_s.as_ref());
+        s.ctx = args.ctx.or(s.ctx);
+        s.kv_mib = args.kv_mib.or(s.kv_mib);
+        s.threads = args.threads.or(s.threads);
+        s.chat_template = args.chat_template.clone().or(s.chat_template);
+        s.strict |= args.strict;
+        if !args.names.is_empty() {
+            s.names.clone_from(&args.names);
+        }
+        if let Some(key) = &args.api_key {
+            s.keys.push(KeyConfig {
+                name: "default".into(),
+                key: Some(key.clone()),
+                ..KeyConfig::default()
+            });
+        }
+        if s.names.is_empty() {
+            s.names.push(match Path::new(&s.model).file_stem() {
+                Some(stem) if Path::new(&s.model).exists() => stem.to_string_lossy().into_owned(),
+                _ => s.model.clone(),
+            });
+        }
+        if s.queue == 0 || s.prompt_rows == 0 {
+            return Err(Failure::Input(anyhow!(
+                "`queue` and `prompt_rows` must be at least 1"
+            )));
+        }
+        if !s.host.is_loopback() && s.keys.is_empty() {
+            return Err(Failure::Input(anyhow!(
+                "{} is reachable from other machines, but there is no API key\nhint: set ANTEFIX_API_KEY, write `[[keys]]` into the \
+                 file of --config, or listen on 127.0.0.1",
+                s.host
+            )));
+        }
+        Ok(s)
+    }
+}
+
+fn read(path: &Path) -> Result<Settings, Failure> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read {}", path.display()))
+        .map_err(Failure::Input)?;
+    toml::from_str(&text)
+        .with_context(|| format!("{} is not a valid configuration", path.display()))
+        .map_err(Failure::Input)
+}
+
+/// Half of what the machine, or the control group we run in, has left.
+fn spare_memory() -> usize {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let machine = system.available_memory();
+    let group = system
+        .cgroup_limits()
+        .map_or(u64::MAX, |limits| limits.free_memory);
+    usize::try_from(machine.min(group) / 2).unwrap_or(usize::MAX)
+}
+
+fn template(loaded: &Loaded, file: Option<&Path>) -> Result<Option<ChatTemplate>, Failure> {
+    let Some(path) = file else {
+        return loaded.template();
+    };
+    let source = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read {}", path.display()))
+        .map_err(Failure::Input)?;
+    let text = |id: Option<u32>| id.map(|id| loaded.tokenizer.decode(&[id])).unwrap_or_default();
+    let (bos, eos) = (text(loaded.tokenizer.bos()), text(loaded.tokenizer.eos()));
+    ChatTemplate::new(&source, &bos, &eos)
+        .map(Some)
+        .map_err(Failure::input)
+}
+
+pub(crate) fn run(args: Args) -> Result<(), Failure> {
+    let settings = Settings::new(&args)?;
+    if args.print_config {
+        let text = toml::to_string_pretty(&settings).map_err(Failure::other)?;
+        super::line(text.trim_end())?;
+        for key in &settings.keys {
+            super::line(format!("# key `{}`", key.name))?;
+        }
+        return Ok(());
+    }
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ANTEFIX_LOG");
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(filter.unwrap_or_else(|_| "info,tower_http=warn".into()))
+        .init();
+
+    let which = ModelArgs {
+        model: settings.model.clone(),
+    };
+    let how = RunArgs {
+        threads: settings.threads,
+        precision: args.precision,
+    };
+    let loaded = Loaded::new(&which, &how)?;
+    let template = template(&loaded, settings.chat_template.as_deref())?;
+    let trained = loaded.model.spec().context;
+    let context = settings.ctx.unwrap_or(DEFAULT_CONTEXT).min(trained);
+    let least = Pool::new(loaded.model.kv_shape(), 0).bytes_for(context);
+    let kv_bytes = settings
+        .kv_mib
+        .map_or_else(|| spare_memory().max(least), |mib| mib << 20);
+    if kv_bytes < least {
+        return Err(Failure::Input(anyhow!(
+            "one sequence of {context} tokens takes {} MiB of keys and values, `kv_mib` allows {}\nhint: lower --ctx or raise --kv-mib",
+            least.div_ceil(1 << 20),
+            kv_bytes >> 20
+        )));
+    }
+    let config = Config {
+        names: settings.names.clone(),
+        engine: Options {
+            kv_bytes,
+            context,
+            budget: Budget {
+                prompt_rows_beside_decode: settings.prompt_rows,
+                ..Budget::default()
+            },
+        },
+        limits: Limits {
+            queue: settings.queue,
+        },
+        keys: settings.keys,
+        strict: settings.strict,
+        body_bytes: settings.body_mib << 20,
+        body_timeout: Duration::from_secs(settings.body_timeout_s),
+        drain: Duration::from_secs(settings.drain_s),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let server =
+            Server::start(&loaded.model, &loaded.tokenizer, template, config).map_err(Failure::input)?;
+        let address = SocketAddr::new(settings.host, settings.port);
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}\nhint: choose another --port"))
+            .map_err(Failure::Input)?;
+        eprintln!(
+            "serving {} on http://{} (context {context}, {} MiB of keys and values)",
+            settings.names.join(", "),
+            listener.local_addr()?,
+            kv_bytes >> 20
+        );
+        server.serve(listener, stop()).await.map_err(Failure::other)
+    })
+}
+
+/// Resolves on SIGTERM or ctrl-C.
+async fn stop() {
+    let interrupt = tokio::signal::ctrl_c();
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        match signal(SignalKind::terminate()) {
+            Ok(mut terminate) => tokio::select! {
+                _ = interrupt => {}
+                _ = terminate.recv() => {}
+            },
+            Err(_) => drop(interrupt.await),
+        }
+    }
+    #[cfg(not(unix))]
+    drop(interrupt.await);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn settings(line: &[&str]) -> Result<Settings, Failure> {
+        let line = [&["serve"], line].concat();
+        Settings::new(&Line::parse_from(line).args)
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let path = std::env::temp_dir().join(format!("antefix-serve-{}.toml", std::process::id()));
+        std::fs::write(&path, "port = 9000\nqueue = 7\n").unwrap();
+        let s = settings(&["--config", path.to_str().unwrap(), "--port", "9001"]).unwrap();
+        assert_eq!((s.port, s.queue, s.drain_s), (9001, 7, 30));
+        std::fs::write(&path, "prot = 9000\n").unwrap();
+        assert_eq!(
+            settings(&["--config", path.to_str().unwrap()])
+                .err()
+                .unwrap()
+                .code(),
+            2
+        );
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_public_address_needs_a_key() {
+        assert!(settings(&["--host", "127.0.0.1"]).is_ok());
+        assert_eq!(settings(&["--host", "0.0.0.0"]).err().unwrap().code(), 2);
+        assert!(settings(&["--host", "0.0.0.0", "--api-key", "0123456789abcdef"]).is_ok());
+    }
+}

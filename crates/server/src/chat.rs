@@ -1,0 +1,393 @@
+//! `/v1/chat/completions`.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use antefix_engine::Done;
+use antefix_models::template::Message;
+use antefix_models::tokenizer::Tokenizer;
+use axum::Json;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use crate::auth::Tenant;
+use crate::error::ApiError;
+use crate::state::{App, now};
+use crate::tools::{Piece, Splitter};
+use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
+use crate::worker::{Drawn, Happened};
+
+/// A chat request.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ChatRequest {
+    messages: Vec<ChatMessage>,
+    #[serde(flatten)]
+    knobs: Knobs,
+    max_completion_tokens: Option<usize>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<usize>,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Value>,
+    response_format: Option<Value>,
+    #[serde(flatten)]
+    extra: Map<String, Value>,
+}
+
+/// One message as clients send it.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct ChatMessage {
+    role: String,
+    #[serde(default)]
+    content: Option<Content>,
+    #[serde(flatten)]
+    extra: Map<String, Value>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Value>),
+}
+
+impl ChatMessage {
+    /// As templates want it: one text.
+    pub(crate) fn plain(self) -> Result<Message, ApiError> {
+        let role = match self.role.as_str() {
+            "developer" => "system",
+            "system" | "user" | "assistant" | "tool" | "function" => &self.role,
+            other => {
+                return Err(ApiError::param(
+                    "messages",
+                    format!("there is no role `{other}`\nhint: system, developer, user, assistant or tool"),
+                ));
+            }
+        };
+        let content = match self.content {
+            None => String::new(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => {
+                let mut whole = String::new();
+                for part in &parts {
+                    match (
+                        part.get("type").and_then(Value::as_str),
+                        part.get("text").and_then(Value::as_str),
+                    ) {
+                        (Some("text" | "input_text" | "output_text"), Some(text)) => whole.push_str(text),
+                        (kind, _) => {
+                            return Err(ApiError::param(
+                                "messages",
+                                format!(
+                                    "content of type `{}` cannot be read by this model\nhint: send text",
+                                    kind.unwrap_or("?")
+                                ),
+                            ));
+                        }
+                    }
+                }
+                whole
+            }
+        };
+        let mut message = Message::new(role, content);
+        message.extra = self.extra;
+        if let Some(calls) = message.extra.get_mut("tool_calls").and_then(Value::as_array_mut) {
+            calls.iter_mut().for_each(open_arguments);
+        }
+        Ok(message)
+    }
+}
+
+/// OpenAI sends the arguments of a call as JSON text; templates want the object.
+fn open_arguments(call: &mut Value) {
+    if let Some(arguments) = call.pointer_mut("/function/arguments")
+        && let Some(object) = arguments
+            .as_str()
+            .and_then(|text| serde_json::from_str(text).ok())
+    {
+        *arguments = object;
+    }
+}
+
+/// The prompt of a conversation.
+pub(crate) fn prompt(app: &App, messages: &[Message], tools: Option<&[Value]>) -> Result<String, ApiError> {
+    let template = app.template.as_ref().ok_or_else(|| {
+        ApiError::invalid(
+            "this model has no chat template\nhint: use /v1/completions, or start the server with --chat-template FILE",
+        )
+    })?;
+    if messages.is_empty() {
+        return Err(ApiError::param("messages", "`messages` is empty"));
+    }
+    let tools = tools.map(|t| Value::Array(t.to_vec()));
+    Ok(template.render(messages, tools.as_ref(), true)?)
+}
+
+pub(crate) fn plain(messages: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
+    messages.into_iter().map(ChatMessage::plain).collect()
+}
+
+/// OpenAI's `usage`.
+pub(crate) fn usage_json(u: antefix_engine::Usage) -> Value {
+    json!({
+        "prompt_tokens": u.prompt_tokens,
+        "completion_tokens": u.completion_tokens,
+        "total_tokens": u.prompt_tokens + u.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": u.cached_tokens},
+    })
+}
+
+fn token_json(tokenizer: &Tokenizer, token: u32, logprob: f32) -> Value {
+    let bytes = tokenizer.token_bytes(token);
+    json!({"token": String::from_utf8_lossy(&bytes), "logprob": logprob, "bytes": bytes})
+}
+
+/// OpenAI's `logprobs.content` entry of one token.
+fn logprob_json(tokenizer: &Tokenizer, drawn: &Drawn) -> Value {
+    let mut entry = token_json(tokenizer, drawn.token, drawn.logprob.unwrap_or(f32::NEG_INFINITY));
+    let top: Vec<Value> = drawn
+        .top
+        .iter()
+        .map(|&(id, lp)| token_json(tokenizer, id, lp))
+        .collect();
+    entry["top_logprobs"] = Value::Array(top);
+    entry
+}
+
+/// Everything the answer's form depends on.
+struct Form {
+    id: String,
+    created: u64,
+    model: String,
+    logprobs: bool,
+    calls: bool,
+    usage: bool,
+}
+
+pub(crate) async fn answer(
+    app: Arc<App>,
+    tenant: Arc<Tenant>,
+    request: ChatRequest,
+) -> Result<Response, ApiError> {
+    let ignored = unknown(&request.extra, app.strict)?;
+    if let Some(format) = &request.response_format
+        && format.get("type").and_then(Value::as_str) != Some("text")
+    {
+        return Err(ApiError::param(
+            "response_format",
+            "only `{\"type\": \"text\"}` is supported by this version",
+        ));
+    }
+    let messages = plain(request.messages)?;
+    let wants_calls = match request.tool_choice.as_ref() {
+        None => true,
+        Some(Value::String(s)) if s == "auto" => true,
+        Some(Value::String(s)) if s == "none" => false,
+        Some(_) => {
+            return Err(ApiError::param(
+                "tool_choice",
+                "only `auto` and `none` are supported by this version",
+            ));
+        }
+    };
+    let tools = request.tools.filter(|t| wants_calls && !t.is_empty());
+    let text = prompt(&app, &messages, tools.as_deref())?;
+    let tokens = app.tokenizer().encode_prompt(&text);
+    let reports = Reports {
+        logprobs: request.logprobs.unwrap_or(false),
+        top: request.top_logprobs.unwrap_or(0),
+        prompt: false,
+    };
+    if reports.top > 20 {
+        return Err(ApiError::param("top_logprobs", "`top_logprobs` is at most 20"));
+    }
+    let n = request.knobs.n.unwrap_or(1);
+    let max_tokens = request.max_completion_tokens.or(request.knobs.max_tokens);
+    let running = request
+        .knobs
+        .start(&app, &tenant, vec![tokens], n, max_tokens, reports)
+        .await?;
+    let form = Form {
+        id: app.id("chatcmpl"),
+        created: now(),
+        model: app.name().to_string(),
+        logprobs: reports.logprobs,
+        calls: tools.is_some(),
+        usage: request.knobs.wants_usage(),
+    };
+    let mut response = match request.knobs.streams() {
+        true => stream(app, form, running, n),
+        false => {
+            let answers = running.gather().await?;
+            Json(whole(&app, &form, &answers)).into_response()
+        }
+    };
+    crate::note_ignored(&mut response, &ignored);
+    Ok(response)
+}
+
+fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
+    let choice = |(index, answer): (usize, &Answer)| {
+        let (text, calls) = match form.calls {
+            true => parts(app, &answer.text),
+            false => (answer.text.clone(), Vec::new()),
+        };
+        let mut message = json!({"role": "assistant", "content": text});
+        let mut reason = finish_reason(answer.done);
+        if !calls.is_empty() {
+            if text.trim().is_empty() {
+                message["content"] = Value::Null;
+            }
+            message["tool_calls"] = Value::Array(calls);
+            reason = "tool_calls";
+        }
+        let logprobs = form.logprobs.then(|| {
+            let content: Vec<Value> = answer
+                .drawn
+                .iter()
+                .map(|d| logprob_json(app.tokenizer(), d))
+                .collect();
+            json!({"content": content, "refusal": null})
+        });
+        json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+    };
+    let choices: Vec<Value> = answers.iter().enumerate().map(choice).collect();
+    let usages: Vec<_> = answers.iter().map(|a| a.usage).collect();
+    json!({
+        "id": form.id,
+        "object": "chat.completion",
+        "created": form.created,
+        "model": form.model,
+        "system_fingerprint": crate::FINGERPRINT,
+        "choices": choices,
+        "usage": usage_json(total(&usages, usages.len())),
+    })
+}
+
+fn parts(app: &App, text: &str) -> (String, Vec<Value>) {
+    let mut splitter = Splitter::default();
+    let pieces = splitter.push(text).into_iter().chain(splitter.finish());
+    let (mut plain, mut calls) = (String::new(), Vec::new());
+    for piece in pieces {
+        match piece {
+            Piece::Text(text) => plain.push_str(&text),
+            Piece::Call(call) => calls.push(call.openai(&app.id("call"))),
+        }
+    }
+    (plain.trim_end().to_string(), calls)
+}
+
+/// What one choice has streamed so far.
+#[derive(Default)]
+struct Choice {
+    splitter: Splitter,
+    calls: usize,
+}
+
+fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
+    let (out, lines) = tokio::sync::mpsc::unbounded_channel::<Result<Event, Infallible>>();
+    tokio::spawn(async move {
+        let chunk = |index: usize, delta: Value, logprobs: Value, reason: Option<&str>| {
+            let mut chunk = json!({
+                "id": form.id,
+                "object": "chat.completion.chunk",
+                "created": form.created,
+                "model": form.model,
+                "system_fingerprint": crate::FINGERPRINT,
+                "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}],
+            });
+            if form.usage {
+                chunk["usage"] = Value::Null;
+            }
+            chunk
+        };
+        // The client is gone when nobody receives: the generation is dropped with this task and cancelled.
+        let send = |value: &Value| out.send(Ok(Event::default().data(value.to_string()))).is_ok();
+        let mut choices: Vec<Choice> = (0..n).map(|_| Choice::default()).collect();
+        for index in 0..n {
+            if !send(&chunk(
+                index,
+                json!({"role": "assistant", "content": ""}),
+                Value::Null,
+                None,
+            )) {
+                return;
+            }
+        }
+        let mut usages = vec![antefix_engine::Usage::default(); n];
+        loop {
+            let happened = tokio::select! {
+                // A vanished client is noticed even while nothing is drawn.
+                () = out.closed() => return,
+                happened = running.next() => happened,
+            };
+            let Some((index, happened)) = happened else { break };
+            let choice = &mut choices[index];
+            let (text, logprobs, end) = match happened {
+                Happened::Prompt(_) => continue,
+                Happened::Token(drawn) => {
+                    let logprobs = match form.logprobs {
+                        true => json!({"content": [logprob_json(app.tokenizer(), &drawn)], "refusal": null}),
+                        false => Value::Null,
+                    };
+                    (drawn.text, logprobs, None)
+                }
+                Happened::End { done, text, usage } => {
+                    usages[index] = usage;
+                    (text, Value::Null, Some(done))
+                }
+            };
+            if end == Some(Done::Failed) {
+                send(&failed().body());
+                return;
+            }
+            let mut pieces = match form.calls {
+                true => choice.splitter.push(&text),
+                false if text.is_empty() => Vec::new(),
+                false => vec![Piece::Text(text)],
+            };
+            if end.is_some() && form.calls {
+                pieces.extend(choice.splitter.finish());
+            }
+            let mut logprobs = logprobs;
+            if pieces.is_empty() && !logprobs.is_null() {
+                pieces.push(Piece::Text(String::new()));
+            }
+            for piece in pieces {
+                let delta = match piece {
+                    Piece::Text(text) => json!({"content": text}),
+                    Piece::Call(call) => {
+                        let mut value = call.openai(&app.id("call"));
+                        value["index"] = json!(choice.calls);
+                        choice.calls += 1;
+                        json!({"tool_calls": [value]})
+                    }
+                };
+                if !send(&chunk(index, delta, logprobs.take(), None)) {
+                    return;
+                }
+            }
+            if let Some(done) = end {
+                let reason = match choice.calls {
+                    0 => finish_reason(done),
+                    _ => "tool_calls",
+                };
+                if !send(&chunk(index, json!({}), Value::Null, Some(reason))) {
+                    return;
+                }
+            }
+        }
+        if form.usage {
+            let mut last = chunk(0, json!({}), Value::Null, None);
+            last["choices"] = json!([]);
+            last["usage"] = usage_json(total(&usages, n));
+            send(&last);
+        }
+        let _ = out.send(Ok(Event::default().data("[DONE]"))); // the client may be gone
+    });
+    Sse::new(UnboundedReceiverStream::new(lines))
+        .keep_alive(KeepAlive::default())
+        .into_response()
+}

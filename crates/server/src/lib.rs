@@ -1,0 +1,166 @@
+//! The HTTP server: OpenAI's and Anthropic's APIs over one engine.
+//!
+//! [`Server::start`] loads nothing and listens to nothing: it takes a model that is loaded, starts the engine's thread and hands
+//! out the routes, which tests call without a socket and [`Server::serve`] puts on one.
+
+mod auth;
+mod chat;
+mod completions;
+mod error;
+mod messages;
+mod meters;
+mod routes;
+mod state;
+mod tools;
+mod wish;
+mod worker;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use antefix_engine::{Engine, Options};
+use antefix_models::decoder::Model;
+use antefix_models::template::ChatTemplate;
+use antefix_models::tokenizer::Tokenizer;
+use axum::Router;
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::Response;
+use tokio::net::TcpListener;
+
+pub use auth::{KeyConfig, KeyError};
+pub use worker::Limits;
+
+/// What `system_fingerprint` says.
+pub(crate) const FINGERPRINT: &str = concat!("antefix-", env!("CARGO_PKG_VERSION"));
+
+/// How a server runs.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Names under which the model answers; the first is shown.
+    pub names: Vec<String>,
+    /// The engine's limits.
+    pub engine: Options,
+    /// Limits of the line.
+    pub limits: Limits,
+    /// API keys; none = everybody is let in.
+    pub keys: Vec<KeyConfig>,
+    /// Refuse fields that we do not know instead of naming them in a header.
+    pub strict: bool,
+    /// Bytes of a request's body at most.
+    pub body_bytes: usize,
+    /// How long a client may pause while it sends one.
+    pub body_timeout: Duration,
+    /// How long running requests may go on after the server was told to end.
+    pub drain: Duration,
+}
+
+/// Why a server could not start or went down.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// An API key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// No thread, or the socket failed.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
+
+/// A server that has started.
+pub struct Server {
+    app: Arc<state::App>,
+    config: Config,
+}
+
+impl Server {
+    /// Starts the engine's thread.
+    ///
+    /// # Errors
+    /// On a senseless key, or when there is no thread.
+    pub fn start(
+        model: &Arc<Model>,
+        tokenizer: &Arc<Tokenizer>,
+        template: Option<ChatTemplate>,
+        config: Config,
+    ) -> Result<Self, ServerError> {
+        let tenants = auth::Tenants::new(&config.keys)?;
+        let meters = Arc::new(meters::Meters::new());
+        let make = {
+            let (model, tokenizer, options) = (Arc::clone(model), Arc::clone(tokenizer), config.engine);
+            move || Engine::new(Arc::clone(&model), Arc::clone(&tokenizer), options)
+        };
+        let worker = worker::Worker::start(make, config.limits, Arc::clone(&meters))?;
+        let app = Arc::new(state::App {
+            names: config.names.clone(),
+            model: Arc::clone(model),
+            template,
+            context: config.engine.context.min(model.spec().context),
+            strict: config.strict,
+            tenants,
+            worker,
+            meters,
+            started: state::now(),
+            next_id: AtomicU64::new(0),
+            boot: rand::random(),
+        });
+        Ok(Self { app, config })
+    }
+
+    /// The routes.
+    pub fn app(&self) -> Router {
+        routes::router(
+            Arc::clone(&self.app),
+            self.config.body_bytes,
+            self.config.body_timeout,
+        )
+    }
+
+    /// Serves `listener` until `stop` resolves, then lets running requests end for at most [`Config::drain`].
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        stop: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), ServerError> {
+        let app = Arc::clone(&self.app);
+        let drain = self.config.drain;
+        let (drained, wait) = tokio::sync::oneshot::channel();
+        let closing = Arc::clone(&self.app);
+        let serving = axum::serve(listener, self.app()).with_graceful_shutdown(async move {
+            stop.await;
+            tracing::info!("closing: running requests may end");
+            closing.worker.close();
+            let _ = drained.send(Instant::now() + drain); // the receiver lives as long as the server
+        });
+        let deadline = async {
+            let Ok(until) = wait.await else {
+                return std::future::pending().await;
+            };
+            while Instant::now() < until && !app.meters.is_quiet() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            // What is written may still have to leave; idle keep-alive connections must not hold the server up.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        tokio::select! {
+            done = serving => done?,
+            () = deadline => {}
+        }
+        Ok(())
+    }
+}
+
+/// Names fields that were not known in a header.
+pub(crate) fn note_ignored(response: &mut Response, names: &[String]) {
+    if let Ok(value) = HeaderValue::from_str(&names.join(","))
+        && !names.is_empty()
+    {
+        response
+            .headers_mut()
+            .insert(HeaderName::from_static("x-antefix-ignored-fields"), value);
+    }
+}

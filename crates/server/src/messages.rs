@@ -1,0 +1,469 @@
+//! `/v1/messages`: Anthropic's API.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use antefix_engine::{Done, Usage};
+use antefix_models::template::Message;
+use axum::Json;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use crate::auth::Tenant;
+use crate::chat;
+use crate::error::ApiError;
+use crate::state::App;
+use crate::tools::{Call, Piece, Splitter};
+use crate::wish::{Knobs, OneOrMany, Reports, Running, failed, unknown};
+use crate::worker::Happened;
+
+/// Fields of Anthropic's that change nothing here.
+const WITHOUT_EFFECT: [&str; 4] = ["metadata", "service_tier", "container", "betas"];
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Blocks(Vec<Value>),
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct AnthropicMessage {
+    role: String,
+    content: Content,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Tool {
+    name: String,
+    description: Option<String>,
+    input_schema: Value,
+    cache_control: Option<Value>,
+}
+
+/// A request for a message.
+#[derive(Debug, Deserialize)]
+pub(crate) struct MessagesRequest {
+    model: Option<String>,
+    max_tokens: usize,
+    #[serde(flatten)]
+    asked: CountRequest,
+    stop_sequences: Option<Vec<String>>,
+    stream: Option<bool>,
+    temperature: Option<f32>,
+    top_k: Option<i64>,
+    top_p: Option<f32>,
+}
+
+/// The part of a request that makes the prompt.
+#[derive(Debug, Deserialize)]
+pub(crate) struct CountRequest {
+    messages: Vec<AnthropicMessage>,
+    system: Option<Content>,
+    tools: Option<Vec<Tool>>,
+    tool_choice: Option<Value>,
+    #[serde(flatten)]
+    extra: Map<String, Value>,
+}
+
+/// A conversation as templates want it, and where the client marked the end of what it wants cached.
+struct Prepared {
+    messages: Vec<Message>,
+    tools: Option<Vec<Value>>,
+    /// Messages up to and with the last mark.
+    marked: Option<usize>,
+}
+
+fn is_marked(block: &Value) -> bool {
+    block.get("cache_control").is_some_and(|c| !c.is_null())
+}
+
+fn text_of(block: &Value) -> Result<&str, ApiError> {
+    match (
+        block.get("type").and_then(Value::as_str),
+        block.get("text").and_then(Value::as_str),
+    ) {
+        (Some("text"), Some(text)) => Ok(text),
+        (kind, _) => Err(ApiError::param(
+            "messages",
+            format!(
+                "a block of type `{}` cannot be read by this model",
+                kind.unwrap_or("?")
+            ),
+        )),
+    }
+}
+
+fn text_in(content: &Value) -> Result<String, ApiError> {
+    match content {
+        Value::String(text) => Ok(text.clone()),
+        Value::Array(blocks) => blocks.iter().map(text_of).collect(),
+        Value::Null => Ok(String::new()),
+        _ => Err(ApiError::param(
+            "messages",
+            "the content of a tool result is text or blocks",
+        )),
+    }
+}
+
+/// One message may hold several of the template's: results of tools stand alone.
+fn open_message(message: AnthropicMessage, out: &mut Vec<Message>) -> Result<bool, ApiError> {
+    if !matches!(message.role.as_str(), "user" | "assistant") {
+        return Err(ApiError::param(
+            "messages",
+            format!("there is no role `{}`\nhint: user or assistant", message.role),
+        ));
+    }
+    let blocks = match message.content {
+        Content::Text(text) => {
+            out.push(Message::new(&message.role, text));
+            return Ok(false);
+        }
+        Content::Blocks(blocks) => blocks,
+    };
+    let mut text = String::new();
+    let mut calls = Vec::new();
+    for block in &blocks {
+        match block.get("type").and_then(Value::as_str) {
+            Some("tool_use") => calls.push(json!({
+                "id": block.get("id"),
+                "type": "function",
+                "function": {"name": block.get("name"), "arguments": block.get("input")},
+            })),
+            Some("tool_result") => {
+                let content = text_in(block.get("content").unwrap_or(&Value::Null))?;
+                let mut result = Message::new("tool", content);
+                let id = block.get("tool_use_id").cloned().unwrap_or_default();
+                result.extra.insert("tool_call_id".into(), id);
+                out.push(result);
+            }
+            Some("thinking" | "redacted_thinking") => {}
+            _ => text.push_str(text_of(block)?),
+        }
+    }
+    if !text.is_empty() || !calls.is_empty() {
+        let mut whole = Message::new(&message.role, text);
+        if !calls.is_empty() {
+            whole.extra.insert("tool_calls".into(), Value::Array(calls));
+        }
+        out.push(whole);
+    }
+    Ok(blocks.iter().any(is_marked))
+}
+
+fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>), ApiError> {
+    let mut extra = request.extra;
+    WITHOUT_EFFECT.iter().for_each(|name| drop(extra.remove(*name)));
+    let ignored = unknown(&extra, strict)?;
+    let mut messages = Vec::new();
+    let mut marked = None;
+    match request.system {
+        None => {}
+        Some(Content::Text(text)) => messages.push(Message::new("system", text)),
+        Some(Content::Blocks(blocks)) => {
+            let text: Result<String, _> = blocks.iter().map(text_of).collect();
+            messages.push(Message::new("system", text?));
+            if blocks.iter().any(is_marked) {
+                marked = Some(1);
+            }
+        }
+    }
+    if request.messages.is_empty() {
+        return Err(ApiError::param("messages", "`messages` is empty"));
+    }
+    for message in request.messages {
+        if open_message(message, &mut messages)? {
+            marked = Some(messages.len());
+        }
+    }
+    let wants = match request
+        .tool_choice
+        .as_ref()
+        .map(|c| c.get("type").and_then(Value::as_str))
+    {
+        None | Some(Some("auto")) => true,
+        Some(Some("none")) => false,
+        Some(_) => {
+            return Err(ApiError::param(
+                "tool_choice",
+                "only `auto` and `none` are supported by this version",
+            ));
+        }
+    };
+    let tools = request.tools.filter(|t| wants && !t.is_empty()).map(|tools| {
+        if marked.is_none() && tools.iter().any(|t| t.cache_control.is_some()) {
+            marked = Some(0);
+        }
+        let open = |t: Tool| {
+            json!({"type": "function", "function": {
+                "name": t.name, "description": t.description, "parameters": t.input_schema,
+            }})
+        };
+        tools.into_iter().map(open).collect()
+    });
+    Ok((
+        Prepared {
+            messages,
+            tools,
+            marked,
+        },
+        ignored,
+    ))
+}
+
+/// How many of the prompt's first tokens the client marked: as far as the prompt agrees with that of the marked messages alone.
+fn marked_tokens(app: &App, prepared: &Prepared, tokens: &[u32]) -> Result<usize, ApiError> {
+    let Some(n) = prepared.marked else {
+        return Ok(0);
+    };
+    if n >= prepared.messages.len() {
+        return Ok(tokens.len());
+    }
+    // A system message alone is no conversation to some templates: an empty question follows it.
+    let mut part = prepared.messages[..n].to_vec();
+    part.push(Message::new("user", "\u{fffc}"));
+    let text = chat::prompt(app, &part, prepared.tools.as_deref())?;
+    let other = app.tokenizer().encode_prompt(&text);
+    Ok(tokens.iter().zip(&other).take_while(|(a, b)| a == b).count())
+}
+
+/// The answer of `count_tokens`.
+pub(crate) fn count(app: &App, request: CountRequest) -> Result<Value, ApiError> {
+    let mut request = request;
+    if let Some(model) = request.extra.remove("model") {
+        app.check_model(model.as_str())?;
+    }
+    let (prepared, _) = prepare(request, app.strict)?;
+    let text = chat::prompt(app, &prepared.messages, prepared.tools.as_deref())?;
+    Ok(json!({"input_tokens": app.tokenizer().encode_prompt(&text).len()}))
+}
+
+/// Anthropic's three kinds of input tokens; they add up to the prompt.
+fn usage(u: Usage, marked: usize) -> Value {
+    let created = marked.saturating_sub(u.cached_tokens);
+    json!({
+        "input_tokens": u.prompt_tokens - u.cached_tokens - created,
+        "cache_creation_input_tokens": created,
+        "cache_read_input_tokens": u.cached_tokens,
+        "output_tokens": u.completion_tokens,
+    })
+}
+
+fn call_block(app: &App, call: &Call) -> Value {
+    let input: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+    json!({"type": "tool_use", "id": app.id("toolu"), "name": call.name, "input": input})
+}
+
+/// Why it ended; `stop_sequence` when one of the client's came.
+fn stop_reason(done: Done, calls: bool) -> &'static str {
+    match done {
+        _ if calls => "tool_use",
+        Done::Length => "max_tokens",
+        Done::StopString => "stop_sequence",
+        Done::EndToken | Done::Cancelled | Done::Failed => "end_turn",
+    }
+}
+
+pub(crate) async fn answer(
+    app: Arc<App>,
+    tenant: Arc<Tenant>,
+    request: MessagesRequest,
+) -> Result<Response, ApiError> {
+    let streams = request.stream.unwrap_or(false);
+    let knobs = Knobs {
+        model: request.model,
+        temperature: request.temperature,
+        top_k: request.top_k,
+        top_p: request.top_p,
+        stop: request.stop_sequences.map(OneOrMany::Many),
+        ..Knobs::default()
+    };
+    let (prepared, ignored) = prepare(request.asked, app.strict)?;
+    let text = chat::prompt(&app, &prepared.messages, prepared.tools.as_deref())?;
+    let tokens = app.tokenizer().encode_prompt(&text);
+    let marked = marked_tokens(&app, &prepared, &tokens)?;
+    let prompt_tokens = tokens.len();
+    let running = knobs
+        .start(
+            &app,
+            &tenant,
+            vec![tokens],
+            1,
+            Some(request.max_tokens),
+            Reports::default(),
+        )
+        .await?;
+    let calls = prepared.tools.is_some();
+    let mut response = match streams {
+        true => stream(app, running, calls, marked, prompt_tokens),
+        false => whole(&app, running, calls, marked).await?,
+    };
+    crate::note_ignored(&mut response, &ignored);
+    Ok(response)
+}
+
+async fn whole(app: &App, running: Running, calls: bool, marked: usize) -> Result<Response, ApiError> {
+    let answers = running.gather().await?;
+    let Some(answer) = answers.into_iter().next() else {
+        return Err(failed());
+    };
+    let pieces = match calls {
+        true => {
+            let mut splitter = Splitter::default();
+            let pieces = splitter.push(&answer.text);
+            pieces.into_iter().chain(splitter.finish()).collect()
+        }
+        false => vec![Piece::Text(answer.text.clone())],
+    };
+    let mut content: Vec<Value> = Vec::new();
+    let mut called = false;
+    for piece in pieces {
+        match piece {
+            Piece::Call(call) => {
+                called = true;
+                content.push(call_block(app, &call));
+            }
+            Piece::Text(text) if text.trim().is_empty() => {}
+            Piece::Text(text) => match content.last_mut().filter(|b| b["type"] == "text") {
+                Some(block) => {
+                    let joined = block["text"].as_str().unwrap_or_default().to_string() + &text;
+                    block["text"] = json!(joined);
+                }
+                None => content.push(json!({"type": "text", "text": text})),
+            },
+        }
+    }
+    Ok(Json(json!({
+        "id": app.id("msg"),
+        "type": "message",
+        "role": "assistant",
+        "model": app.name(),
+        "content": content,
+        "stop_reason": stop_reason(answer.done, called),
+        "stop_sequence": null,
+        "usage": usage(answer.usage, marked),
+    }))
+    .into_response())
+}
+
+/// The blocks of a streamed message.
+struct Blocks {
+    index: usize,
+    text_open: bool,
+    called: bool,
+}
+
+impl Blocks {
+    fn text(&mut self, text: &str, events: &mut Vec<Value>) {
+        if text.is_empty() {
+            return;
+        }
+        if !self.text_open {
+            self.text_open = true;
+            events.push(json!({
+                "type": "content_block_start", "index": self.index, "content_block": {"type": "text", "text": ""},
+            }));
+        }
+        events.push(json!({
+            "type": "content_block_delta", "index": self.index, "delta": {"type": "text_delta", "text": text},
+        }));
+    }
+
+    fn close(&mut self, events: &mut Vec<Value>) {
+        if self.text_open {
+            events.push(json!({"type": "content_block_stop", "index": self.index}));
+            self.index += 1;
+            self.text_open = false;
+        }
+    }
+
+    fn call(&mut self, app: &App, call: &Call, events: &mut Vec<Value>) {
+        self.close(events);
+        self.called = true;
+        let mut block = call_block(app, call);
+        let input = block["input"].take().to_string();
+        block["input"] = json!({});
+        events.extend([
+            json!({"type": "content_block_start", "index": self.index, "content_block": block}),
+            json!({
+                "type": "content_block_delta", "index": self.index,
+                "delta": {"type": "input_json_delta", "partial_json": input},
+            }),
+            json!({"type": "content_block_stop", "index": self.index}),
+        ]);
+        self.index += 1;
+    }
+}
+
+fn stream(app: Arc<App>, mut running: Running, calls: bool, marked: usize, prompt_tokens: usize) -> Response {
+    let (out, lines) = tokio::sync::mpsc::unbounded_channel::<Result<Event, Infallible>>();
+    tokio::spawn(async move {
+        let send = |value: &Value| {
+            let name = value["type"].as_str().unwrap_or("error").to_string();
+            out.send(Ok(Event::default().event(name).data(value.to_string())))
+                .is_ok()
+        };
+        let start = json!({"type": "message_start", "message": {
+            "id": app.id("msg"), "type": "message", "role": "assistant", "model": app.name(), "content": [],
+            "stop_reason": null, "stop_sequence": null,
+            "usage": {"input_tokens": prompt_tokens, "output_tokens": 0},
+        }});
+        if !send(&start) {
+            return;
+        }
+        let mut blocks = Blocks {
+            index: 0,
+            text_open: false,
+            called: false,
+        };
+        let mut splitter = Splitter::default();
+        loop {
+            let happened = tokio::select! {
+                () = out.closed() => return,
+                happened = running.next() => happened,
+            };
+            let Some((_, happened)) = happened else { return };
+            let (text, end) = match happened {
+                Happened::Prompt(_) => continue,
+                Happened::Token(drawn) => (drawn.text, None),
+                Happened::End { done, text, usage } => (text, Some((done, usage))),
+            };
+            if matches!(end, Some((Done::Failed, _))) {
+                send(&failed().anthropic_body());
+                return;
+            }
+            let mut pieces = match calls {
+                true => splitter.push(&text),
+                false => vec![Piece::Text(text)],
+            };
+            if end.is_some() {
+                pieces.extend(splitter.finish());
+            }
+            let mut events = Vec::new();
+            for piece in &pieces {
+                match piece {
+                    Piece::Text(text) => blocks.text(text, &mut events),
+                    Piece::Call(call) => blocks.call(&app, call, &mut events),
+                }
+            }
+            if let Some((done, spent)) = end {
+                blocks.close(&mut events);
+                events.push(json!({
+                    "type": "message_delta",
+                    "delta": {"stop_reason": stop_reason(done, blocks.called), "stop_sequence": null},
+                    "usage": usage(spent, marked),
+                }));
+                events.push(json!({"type": "message_stop"}));
+            }
+            if !events.iter().all(send) {
+                return;
+            }
+        }
+    });
+    Sse::new(UnboundedReceiverStream::new(lines))
+        .keep_alive(KeepAlive::default())
+        .into_response()
+}

@@ -1,0 +1,319 @@
+//! What the server counts: Prometheus metrics (ours and vLLM's names) and the recent history that the page plots.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use antefix_engine::{Done, Load, Usage};
+use antefix_kv::Stats;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+use serde::Serialize;
+
+/// Steps and latencies that are kept for the page.
+const HISTORY: usize = 600;
+
+/// One step of the engine.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct StepSample {
+    /// Unix time of its end, milliseconds.
+    pub(crate) t_ms: u64,
+    /// How long it took, milliseconds.
+    pub(crate) ms: f64,
+    pub(crate) prompt_rows: usize,
+    pub(crate) decode_rows: usize,
+}
+
+#[derive(Default)]
+struct Recent {
+    steps: VecDeque<StepSample>,
+    ttft_ms: VecDeque<f64>,
+    itl_ms: VecDeque<f64>,
+}
+
+fn keep<T>(queue: &mut VecDeque<T>, value: T) {
+    if queue.len() == HISTORY {
+        queue.pop_front();
+    }
+    queue.push_back(value);
+}
+
+/// Percentiles of the recent past, milliseconds.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub(crate) struct Percentiles {
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+}
+
+impl Percentiles {
+    fn of(values: &VecDeque<f64>) -> Self {
+        let mut sorted: Vec<f64> = values.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let at = |q: f64| sorted.get((q * sorted.len().saturating_sub(1) as f64) as usize);
+        Self {
+            p50: at(0.50).copied().unwrap_or(0.0),
+            p99: at(0.99).copied().unwrap_or(0.0),
+        }
+    }
+}
+
+/// The answer of `/v1/loads`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Loads {
+    running: i64,
+    waiting: i64,
+    kv_bytes_used: i64,
+    kv_bytes_capacity: i64,
+    prompt_tokens_total: u64,
+    cached_tokens_total: u64,
+    completion_tokens_total: u64,
+    preempted_total: u64,
+    steps: Vec<StepSample>,
+    ttft_ms: Percentiles,
+    itl_ms: Percentiles,
+}
+
+/// All counters of one server.
+pub(crate) struct Meters {
+    registry: Registry,
+    running: Gauge,
+    waiting: Gauge,
+    kv_used: Gauge,
+    kv_capacity: Gauge,
+    kv_share: Gauge<f64, AtomicU64>,
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    completion_tokens: Counter,
+    finished: Counter,
+    cancelled: Counter,
+    failed: Counter,
+    preempted: Counter,
+    pub(crate) refused: Counter,
+    pub(crate) failed_steps: Counter,
+    ttft: Histogram,
+    itl: Histogram,
+    e2e: Histogram,
+    step_s: Histogram,
+    recent: Mutex<Recent>,
+    in_flight: AtomicUsize,
+}
+
+impl Meters {
+    pub(crate) fn new() -> Self {
+        let seconds = || Histogram::new(exponential_buckets(0.001, 2.0, 18));
+        let mut m = Self {
+            registry: Registry::default(),
+            running: Gauge::default(),
+            waiting: Gauge::default(),
+            kv_used: Gauge::default(),
+            kv_capacity: Gauge::default(),
+            kv_share: Gauge::default(),
+            prompt_tokens: Counter::default(),
+            cached_tokens: Counter::default(),
+            completion_tokens: Counter::default(),
+            finished: Counter::default(),
+            cancelled: Counter::default(),
+            failed: Counter::default(),
+            preempted: Counter::default(),
+            refused: Counter::default(),
+            failed_steps: Counter::default(),
+            ttft: seconds(),
+            itl: seconds(),
+            e2e: seconds(),
+            step_s: seconds(),
+            recent: Mutex::default(),
+            in_flight: AtomicUsize::new(0),
+        };
+        let r = &mut m.registry;
+        r.register(
+            "antefix_requests_running",
+            "Sequences that hold memory",
+            m.running.clone(),
+        );
+        r.register("antefix_requests_waiting", "Sequences in line", m.waiting.clone());
+        r.register(
+            "antefix_kv_bytes_used",
+            "Bytes of KV pages held",
+            m.kv_used.clone(),
+        );
+        r.register(
+            "antefix_kv_bytes_capacity",
+            "Bytes of KV pages at most",
+            m.kv_capacity.clone(),
+        );
+        r.register(
+            "antefix_requests_cancelled",
+            "Sequences whose client left",
+            m.cancelled.clone(),
+        );
+        r.register(
+            "antefix_requests_failed",
+            "Sequences lost to a failed step",
+            m.failed.clone(),
+        );
+        r.register(
+            "antefix_requests_refused",
+            "Requests turned away, line full",
+            m.refused.clone(),
+        );
+        r.register(
+            "antefix_steps_failed",
+            "Steps that failed",
+            m.failed_steps.clone(),
+        );
+        r.register("antefix_step_seconds", "Time of a step", m.step_s.clone());
+        // vLLM's names, so that its dashboards work.
+        r.register(
+            "vllm:num_requests_running",
+            "Sequences that hold memory",
+            m.running.clone(),
+        );
+        r.register(
+            "vllm:num_requests_waiting",
+            "Sequences in line",
+            m.waiting.clone(),
+        );
+        r.register(
+            "vllm:kv_cache_usage_perc",
+            "Held share of the KV pages, 0 to 1",
+            m.kv_share.clone(),
+        );
+        r.register(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked up",
+            m.prompt_tokens.clone(),
+        );
+        r.register(
+            "vllm:prefix_cache_hits",
+            "Prompt tokens found cached",
+            m.cached_tokens.clone(),
+        );
+        r.register("vllm:prompt_tokens", "Prompt tokens", m.prompt_tokens.clone());
+        r.register(
+            "vllm:generation_tokens",
+            "Generated tokens",
+            m.completion_tokens.clone(),
+        );
+        r.register(
+            "vllm:request_success",
+            "Sequences that ended well",
+            m.finished.clone(),
+        );
+        r.register(
+            "vllm:num_preemptions",
+            "Sequences that lost their memory",
+            m.preempted.clone(),
+        );
+        r.register(
+            "vllm:time_to_first_token_seconds",
+            "Time to the first token",
+            m.ttft.clone(),
+        );
+        r.register(
+            "vllm:time_per_output_token_seconds",
+            "Time between tokens",
+            m.itl.clone(),
+        );
+        r.register(
+            "vllm:inter_token_latency_seconds",
+            "Time between tokens",
+            m.itl.clone(),
+        );
+        r.register(
+            "vllm:e2e_request_latency_seconds",
+            "Time of a sequence",
+            m.e2e.clone(),
+        );
+        m
+    }
+
+    fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn step(&self, prompt_rows: usize, decode_rows: usize, took: Duration) {
+        self.step_s.observe(took.as_secs_f64());
+        let t_ms = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_millis() as u64);
+        let sample = StepSample {
+            t_ms,
+            ms: took.as_secs_f64() * 1e3,
+            prompt_rows,
+            decode_rows,
+        };
+        keep(&mut self.recent().steps, sample);
+    }
+
+    pub(crate) fn first_token(&self, after: Duration) {
+        self.ttft.observe(after.as_secs_f64());
+        keep(&mut self.recent().ttft_ms, after.as_secs_f64() * 1e3);
+    }
+
+    pub(crate) fn next_token(&self, after: Duration) {
+        self.itl.observe(after.as_secs_f64());
+        keep(&mut self.recent().itl_ms, after.as_secs_f64() * 1e3);
+    }
+
+    pub(crate) fn ended(&self, done: Done, usage: Usage, after: Duration) {
+        match done {
+            Done::Cancelled => drop(self.cancelled.inc()),
+            Done::Failed => drop(self.failed.inc()),
+            _ => {
+                self.finished.inc();
+                self.e2e.observe(after.as_secs_f64());
+            }
+        }
+        self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
+        self.cached_tokens.inc_by(usage.cached_tokens as u64);
+        self.completion_tokens.inc_by(usage.completion_tokens as u64);
+    }
+
+    pub(crate) fn load(&self, load: Load, pool: Stats) {
+        self.running.set(load.running as i64);
+        self.waiting.set(load.waiting as i64);
+        self.kv_used.set(pool.bytes_used as i64);
+        self.kv_capacity.set(pool.capacity as i64);
+        self.kv_share
+            .set(pool.bytes_used as f64 / pool.capacity.max(1) as f64);
+        let seen = self.preempted.get();
+        self.preempted.inc_by(load.preempted.saturating_sub(seen));
+    }
+
+    /// Text in the OpenMetrics format.
+    pub(crate) fn text(&self) -> String {
+        let mut out = String::new();
+        let _ = encode(&mut out, &self.registry); // writing to a string does not fail
+        out
+    }
+
+    pub(crate) fn loads(&self) -> Loads {
+        let recent = self.recent();
+        Loads {
+            running: self.running.get(),
+            waiting: self.waiting.get(),
+            kv_bytes_used: self.kv_used.get(),
+            kv_bytes_capacity: self.kv_capacity.get(),
+            prompt_tokens_total: self.prompt_tokens.get(),
+            cached_tokens_total: self.cached_tokens.get(),
+            completion_tokens_total: self.completion_tokens.get(),
+            preempted_total: self.preempted.get(),
+            steps: recent.steps.iter().copied().collect(),
+            ttft_ms: Percentiles::of(&recent.ttft_ms),
+            itl_ms: Percentiles::of(&recent.itl_ms),
+        }
+    }
+
+    /// Requests that are being answered; see [`crate::drain`].
+    pub(crate) fn in_flight(&self) -> &AtomicUsize {
+        &self.in_flight
+    }
+
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.in_flight.load(Ordering::Relaxed) == 0
+    }
+}

@@ -1,0 +1,82 @@
+//! What all handlers share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use antefix_models::decoder::Model;
+use antefix_models::template::ChatTemplate;
+use antefix_models::tokenizer::Tokenizer;
+
+use crate::auth::Tenants;
+use crate::error::ApiError;
+use crate::meters::Meters;
+use crate::worker::Worker;
+
+/// The server behind its routes.
+pub(crate) struct App {
+    pub(crate) names: Vec<String>,
+    pub(crate) model: Arc<Model>,
+    pub(crate) template: Option<ChatTemplate>,
+    pub(crate) context: usize,
+    pub(crate) strict: bool,
+    pub(crate) tenants: Tenants,
+    pub(crate) worker: Worker,
+    pub(crate) meters: Arc<Meters>,
+    pub(crate) started: u64,
+    pub(crate) next_id: AtomicU64,
+    pub(crate) boot: u64,
+}
+
+/// A request that is being answered; the drain waits for it.
+pub(crate) struct Guest(Arc<Meters>);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.0.in_flight().fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl App {
+    pub(crate) fn tokenizer(&self) -> &Arc<Tokenizer> {
+        self.worker.tokenizer()
+    }
+
+    pub(crate) fn guest(&self) -> Guest {
+        self.meters.in_flight().fetch_add(1, Ordering::Relaxed);
+        Guest(Arc::clone(&self.meters))
+    }
+
+    /// The name by which the model is served.
+    pub(crate) fn name(&self) -> &str {
+        self.names.first().map_or("model", String::as_str)
+    }
+
+    pub(crate) fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
+        match asked {
+            Some(name) if !name.is_empty() && !self.names.iter().any(|n| n == name) => {
+                Err(ApiError::not_found(
+                    format!(
+                        "the model `{name}` is not served here\nhint: this server has {}",
+                        self.names.join(", ")
+                    ),
+                    "model_not_found",
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A new id, unique in this process and hardly anywhere else.
+    pub(crate) fn id(&self, prefix: &str) -> String {
+        let n = self.next_id.fetch_add(1, Ordering::Relaxed);
+        format!("{prefix}-{:08x}{n:08x}", self.boot as u32)
+    }
+}
+
+/// Unix time in seconds.
+pub(crate) fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}

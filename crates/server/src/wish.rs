@@ -1,0 +1,304 @@
+//! What the generating routes have in common: the knobs of a request, checked, and the answers gathered.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use antefix_engine::{Done, PromptLogprob, RawJob, RawSampling, Usage};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::auth::{Tenant, Turn};
+use crate::error::ApiError;
+use crate::state::App;
+use crate::worker::{Drawn, Generation, Happened};
+
+/// `n` and `best_of` at most, whoever asks.
+const MAX_N: usize = 128;
+
+/// A value or a list of it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    pub(crate) fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(x) => vec![x],
+            Self::Many(xs) => xs,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+pub(crate) struct StreamOptions {
+    #[serde(default)]
+    pub(crate) include_usage: bool,
+}
+
+/// Knobs of chat and legacy completions: OpenAI's names, and llama.cpp's and vLLM's where OpenAI has none.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct Knobs {
+    pub(crate) model: Option<String>,
+    pub(crate) max_tokens: Option<usize>,
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_p: Option<f32>,
+    pub(crate) top_k: Option<i64>,
+    pub(crate) min_p: Option<f32>,
+    #[serde(alias = "typical")]
+    pub(crate) typical_p: Option<f32>,
+    #[serde(alias = "repeat_penalty")]
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
+    pub(crate) logit_bias: Option<HashMap<String, f32>>,
+    pub(crate) seed: Option<i64>,
+    pub(crate) stop: Option<OneOrMany<String>>,
+    pub(crate) n: Option<usize>,
+    pub(crate) ignore_eos: Option<bool>,
+    pub(crate) stream: Option<bool>,
+    pub(crate) stream_options: Option<StreamOptions>,
+    pub(crate) cache_salt: Option<String>,
+    pub(crate) priority: Option<i32>,
+    /// How attention is computed; see `/v1/methods`.
+    pub(crate) method: Option<String>,
+}
+
+/// Fields that change nothing here: accepted without a word.
+const WITHOUT_EFFECT: [&str; 8] = [
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+];
+
+/// Names in `extra` that we do not know.
+///
+/// # Errors
+/// Under `strict`, when there are any.
+pub(crate) fn unknown(extra: &Map<String, Value>, strict: bool) -> Result<Vec<String>, ApiError> {
+    let names: Vec<String> = extra
+        .iter()
+        .filter(|(name, value)| !value.is_null() && !WITHOUT_EFFECT.contains(&name.as_str()))
+        .map(|(name, _)| name.clone())
+        .collect();
+    match names.first() {
+        Some(first) if strict => Err(ApiError::param(
+            first,
+            format!("unknown field `{first}`\nhint: the server runs with --strict"),
+        )),
+        _ => Ok(names),
+    }
+}
+
+/// What each sequence should report.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Reports {
+    pub(crate) logprobs: bool,
+    pub(crate) top: usize,
+    pub(crate) prompt: bool,
+}
+
+impl Knobs {
+    pub(crate) fn streams(&self) -> bool {
+        self.stream.unwrap_or(false)
+    }
+
+    pub(crate) fn wants_usage(&self) -> bool {
+        self.stream_options.is_some_and(|o| o.include_usage)
+    }
+
+    fn sampling(&self) -> Result<RawSampling, ApiError> {
+        let d = RawSampling::default();
+        let mut logit_bias = Vec::new();
+        for (token, &bias) in self.logit_bias.iter().flatten() {
+            let id = token
+                .parse()
+                .map_err(|_| ApiError::param("logit_bias", format!("`{token}` is no token id")))?;
+            logit_bias.push((id, bias));
+        }
+        logit_bias.sort_unstable_by_key(|b| b.0);
+        Ok(RawSampling {
+            temperature: self.temperature.unwrap_or(1.0),
+            // -1 is vLLM's "all".
+            top_k: usize::try_from(self.top_k.unwrap_or(0)).unwrap_or(0),
+            top_p: self.top_p.unwrap_or(d.top_p),
+            min_p: self.min_p.unwrap_or(d.min_p),
+            typical: self.typical_p.unwrap_or(d.typical),
+            repeat_penalty: self.repetition_penalty.unwrap_or(d.repeat_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(d.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(d.frequency_penalty),
+            logit_bias,
+            seed: self.seed.map_or_else(rand::random, |s| s as u64),
+            ..d
+        })
+    }
+
+    /// Submits `count` sequences of each prompt; their seeds follow each other.
+    pub(crate) async fn start(
+        &self,
+        app: &App,
+        tenant: &Arc<Tenant>,
+        prompts: Vec<Vec<u32>>,
+        count: usize,
+        max_tokens: Option<usize>,
+        reports: Reports,
+    ) -> Result<Running, ApiError> {
+        app.check_model(self.model.as_deref())?;
+        if let Some(method) = &self.method
+            && method != "exact"
+        {
+            return Err(ApiError::param(
+                "method",
+                format!("there is no method `{method}`\nhint: GET /v1/methods lists them"),
+            ));
+        }
+        let most = tenant.n.unwrap_or(MAX_N).min(MAX_N);
+        let sequences = count * prompts.len();
+        if count == 0 || count > most || sequences > most * 4 {
+            return Err(ApiError::param(
+                "n",
+                format!("`n` is {count}, it must be from 1 to {most}"),
+            ));
+        }
+        let stop = self.stop.clone().map(OneOrMany::into_vec).unwrap_or_default();
+        if stop.len() > 64 {
+            return Err(ApiError::param("stop", "more than 64 stop strings"));
+        }
+        let most = tenant.max_tokens.unwrap_or(usize::MAX);
+        if max_tokens.is_some_and(|n| n > most) {
+            return Err(ApiError::param(
+                "max_tokens",
+                format!("this key may have at most {most} tokens an answer"),
+            ));
+        }
+        let max_tokens = max_tokens.or(tenant.max_tokens);
+        let room = |prompt: &Vec<u32>| {
+            max_tokens
+                .unwrap_or(app.context)
+                .min(app.context.saturating_sub(prompt.len()))
+        };
+        let tokens: usize = prompts.iter().map(|p| p.len() + room(p) * count).sum();
+        let turn = tenant.enter(tokens)?;
+        let sampling = self.sampling()?;
+        let mut jobs = Vec::with_capacity(sequences);
+        for tokens in prompts {
+            for i in 0..count {
+                jobs.push(RawJob {
+                    tokens: tokens.clone(),
+                    max_tokens,
+                    sampling: RawSampling {
+                        seed: sampling.seed.wrapping_add(i as u64),
+                        ..sampling.clone()
+                    },
+                    stop: stop.clone(),
+                    ignore_eos: self.ignore_eos.unwrap_or(false),
+                    salt: tenant.salt(self.cache_salt.as_deref()),
+                    tenant: tenant.number,
+                    priority: self.priority.unwrap_or(0),
+                    want_logprobs: reports.logprobs,
+                    top_logprobs: reports.top,
+                    prompt_logprobs: reports.prompt,
+                    ..RawJob::default()
+                });
+            }
+        }
+        let generation = app.worker.submit(jobs).await?;
+        Ok(Running {
+            generation,
+            _turn: turn,
+            _guest: app.guest(),
+        })
+    }
+}
+
+/// A request under way. Dropping it cancels what still runs.
+pub(crate) struct Running {
+    pub(crate) generation: Generation,
+    _turn: Turn,
+    _guest: crate::state::Guest,
+}
+
+/// All that one sequence brought.
+#[derive(Debug, Clone)]
+pub(crate) struct Answer {
+    pub(crate) text: String,
+    pub(crate) drawn: Vec<Drawn>,
+    pub(crate) prompt: Vec<PromptLogprob>,
+    pub(crate) done: Done,
+    pub(crate) usage: Usage,
+}
+
+impl Running {
+    pub(crate) async fn next(&mut self) -> Option<(usize, Happened)> {
+        self.generation.next().await
+    }
+
+    /// Waits for all sequences.
+    pub(crate) async fn gather(mut self) -> Result<Vec<Answer>, ApiError> {
+        let blank = Answer {
+            text: String::new(),
+            drawn: Vec::new(),
+            prompt: Vec::new(),
+            done: Done::Failed,
+            usage: Usage::default(),
+        };
+        let mut answers = vec![blank; self.generation.open];
+        while let Some((i, happened)) = self.next().await {
+            let answer = &mut answers[i];
+            match happened {
+                Happened::Prompt(logprobs) => answer.prompt = logprobs,
+                Happened::Token(drawn) => {
+                    answer.text.push_str(&drawn.text);
+                    answer.drawn.push(drawn);
+                }
+                Happened::End { done, text, usage } => {
+                    answer.text.push_str(&text);
+                    answer.done = done;
+                    answer.usage = usage;
+                }
+            }
+        }
+        match answers.iter().any(|a| a.done == Done::Failed) {
+            true => Err(failed()),
+            false => Ok(answers),
+        }
+    }
+}
+
+/// A step failed under this request.
+pub(crate) fn failed() -> ApiError {
+    ApiError::internal("the request failed in the engine; the server's log says why")
+}
+
+/// OpenAI's `finish_reason`.
+pub(crate) fn finish_reason(done: Done) -> &'static str {
+    match done {
+        Done::Length => "length",
+        Done::EndToken | Done::StopString => "stop",
+        Done::Cancelled | Done::Failed => "error",
+    }
+}
+
+/// The cost of a request's sequences: each prompt once, every answer; cached is what was there before it.
+pub(crate) fn total(usages: &[Usage], per_prompt: usize) -> Usage {
+    let per_prompt = per_prompt.max(1);
+    usages
+        .chunks(per_prompt)
+        .map(|same| Usage {
+            prompt_tokens: same.first().map_or(0, |u| u.prompt_tokens),
+            cached_tokens: same.iter().map(|u| u.cached_tokens).min().unwrap_or(0),
+            completion_tokens: same.iter().map(|u| u.completion_tokens).sum(),
+        })
+        .fold(Usage::default(), |a, b| Usage {
+            prompt_tokens: a.prompt_tokens + b.prompt_tokens,
+            cached_tokens: a.cached_tokens + b.cached_tokens,
+            completion_tokens: a.completion_tokens + b.completion_tokens,
+        })
+}

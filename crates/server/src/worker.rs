@@ -1,0 +1,375 @@
+//! The thread that owns the engine. Handlers send it requests and read their events; it never waits for a client.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::Instant;
+
+use antefix_engine::{Done, Engine, Event, Job, JobError, PromptLogprob, RawJob, SeqId, Usage};
+use antefix_models::tokenizer::Tokenizer;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
+
+use crate::meters::Meters;
+
+/// A drawn token as its request sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct Drawn {
+    pub(crate) token: u32,
+    pub(crate) logprob: Option<f32>,
+    pub(crate) top: Vec<(u32, f32)>,
+    /// Text that became certain with it; may be empty.
+    pub(crate) text: String,
+}
+
+/// What happens to one of a request's sequences.
+#[derive(Debug, Clone)]
+pub(crate) enum Happened {
+    Prompt(Vec<PromptLogprob>),
+    Token(Drawn),
+    End { done: Done, text: String, usage: Usage },
+}
+
+/// Why a request was not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refused {
+    /// It could never run.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// Too many are in line.
+    #[error("{waiting} requests are in line already\nhint: try again in {retry_after_s} s")]
+    Busy { waiting: usize, retry_after_s: u64 },
+    /// The server ends.
+    #[error("the server is shutting down")]
+    Closing,
+}
+
+/// Events of a request's sequences with the index of the sequence. Dropping it cancels what still runs.
+pub(crate) struct Generation {
+    pub(crate) events: UnboundedReceiver<(usize, Happened)>,
+    /// Sequences that have not ended yet.
+    pub(crate) open: usize,
+}
+
+impl Generation {
+    /// The next event; `None` when all sequences have ended or the engine is gone.
+    pub(crate) async fn next(&mut self) -> Option<(usize, Happened)> {
+        if self.open == 0 {
+            return None;
+        }
+        let event = self.events.recv().await?;
+        if matches!(event.1, Happened::End { .. }) {
+            self.open -= 1;
+        }
+        Some(event)
+    }
+}
+
+type Inspection = Box<dyn FnOnce(&mut Engine) + Send>;
+
+enum Command {
+    Submit {
+        jobs: Vec<RawJob>,
+        reply: oneshot::Sender<Result<Generation, Refused>>,
+    },
+    Inspect(Inspection),
+    Wake,
+}
+
+/// Limits of the line.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Requests that may wait; more are turned away.
+    pub queue: usize,
+}
+
+/// The engine's thread, as handlers see it.
+#[derive(Clone)]
+pub(crate) struct Worker {
+    commands: mpsc::Sender<Command>,
+    closing: Arc<AtomicBool>,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl Worker {
+    /// Starts the thread. `make` builds the engine, and builds it again after a panic.
+    pub(crate) fn start(
+        make: impl Fn() -> Engine + Send + 'static,
+        limits: Limits,
+        meters: Arc<Meters>,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = mpsc::channel();
+        let engine = make();
+        let tokenizer = Arc::clone(engine.tokenizer());
+        let closing = Arc::new(AtomicBool::new(false));
+        let mut state = Loop {
+            engine,
+            make: Box::new(make),
+            inbox,
+            limits,
+            meters,
+            closing: Arc::clone(&closing),
+            clients: HashMap::new(),
+            recent_step_s: 0.05,
+        };
+        std::thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || state.run())?;
+        Ok(Self {
+            commands,
+            closing,
+            tokenizer,
+        })
+    }
+
+    pub(crate) fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// Submits the sequences of one request: all or none.
+    pub(crate) async fn submit(&self, jobs: Vec<RawJob>) -> Result<Generation, Refused> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.commands.send(Command::Submit { jobs, reply });
+        if sent.is_err() {
+            return Err(Refused::Closing);
+        }
+        answer.await.unwrap_or(Err(Refused::Closing))
+    }
+
+    /// Runs `look` on the engine between two steps.
+    pub(crate) async fn inspect<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut Engine) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let look: Inspection = Box::new(move |engine| {
+            let _ = reply.send(look(engine)); // nobody waits any more: nothing to do
+        });
+        self.commands.send(Command::Inspect(look)).ok()?;
+        answer.await.ok()
+    }
+
+    /// Takes no more requests; those that run go on.
+    pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+        let _ = self.commands.send(Command::Wake); // the thread is gone already: fine
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+}
+
+struct Client {
+    events: UnboundedSender<(usize, Happened)>,
+    index: usize,
+    submitted: Instant,
+    last_token: Option<Instant>,
+}
+
+struct Loop {
+    engine: Engine,
+    make: Box<dyn Fn() -> Engine + Send>,
+    inbox: mpsc::Receiver<Command>,
+    limits: Limits,
+    meters: Arc<Meters>,
+    closing: Arc<AtomicBool>,
+    clients: HashMap<SeqId, Client>,
+    recent_step_s: f64,
+}
+
+impl Loop {
+    fn run(&mut self) {
+        let mut events = Vec::new();
+        loop {
+            // Idle: sleep until somebody wants something. All senders gone: the server is gone.
+            if self.engine.is_idle() {
+                self.publish();
+                match self.inbox.recv() {
+                    Ok(command) => self.obey(command),
+                    Err(mpsc::RecvError) => return,
+                }
+            }
+            while let Ok(command) = self.inbox.try_recv() {
+                self.obey(command);
+            }
+            self.drop_the_vanished(&mut events);
+            self.step(&mut events);
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit { jobs, reply } => {
+                let taken = self.submit(jobs);
+                // The client left while it waited for this answer: dropping the generation cancels.
+                let _ = reply.send(taken);
+            }
+            Command::Inspect(look) => look(&mut self.engine),
+            Command::Wake => {}
+        }
+    }
+
+    fn submit(&mut self, jobs: Vec<RawJob>) -> Result<Generation, Refused> {
+        if self.closing.load(Ordering::Relaxed) {
+            return Err(Refused::Closing);
+        }
+        let waiting = self.engine.load().waiting;
+        if waiting + jobs.len() > self.limits.queue {
+            self.meters.refused.inc();
+            let retry_after_s = (self.recent_step_s * waiting as f64 * 8.0)
+                .ceil()
+                .clamp(1.0, 60.0) as u64;
+            return Err(Refused::Busy {
+                waiting,
+                retry_after_s,
+            });
+        }
+        let (vocab, context) = (self.engine.model().spec().vocab, self.engine.context());
+        let jobs: Vec<Job> = jobs
+            .into_iter()
+            .map(|raw| Job::new(raw, vocab, context))
+            .collect::<Result<_, _>>()?;
+        let (sender, events) = unbounded_channel();
+        let open = jobs.len();
+        let mut ids = Vec::with_capacity(open);
+        for (index, job) in jobs.into_iter().enumerate() {
+            match self.engine.submit(job) {
+                Ok(id) => ids.push((index, id)),
+                Err(error) => {
+                    let mut dropped = Vec::new();
+                    ids.iter()
+                        .for_each(|&(_, id)| self.engine.cancel(id, &mut dropped));
+                    return Err(error.into());
+                }
+            }
+        }
+        let submitted = Instant::now();
+        for (index, id) in ids {
+            let client = Client {
+                events: sender.clone(),
+                index,
+                submitted,
+                last_token: None,
+            };
+            self.clients.insert(id, client);
+        }
+        Ok(Generation { events, open })
+    }
+
+    /// Cancels the sequences whose clients are gone.
+    fn drop_the_vanished(&mut self, events: &mut Vec<Event>) {
+        let gone: Vec<SeqId> = self
+            .clients
+            .iter()
+            .filter(|(_, c)| c.events.is_closed())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in gone {
+            self.engine.cancel(id, events);
+        }
+        self.deliver(events);
+    }
+
+    fn step(&mut self, events: &mut Vec<Event>) {
+        let started = Instant::now();
+        // A panic is a mistake of ours in some request's step: those requests fail, the server goes on with a fresh engine.
+        let stepped = catch_unwind(AssertUnwindSafe(|| self.engine.step(events)));
+        let took = started.elapsed();
+        match stepped {
+            Ok(Ok(report)) => {
+                self.recent_step_s = 0.9 * self.recent_step_s + 0.1 * took.as_secs_f64();
+                if report.prompt_rows + report.decode_rows > 0 {
+                    self.meters.step(report.prompt_rows, report.decode_rows, took);
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::error!(%error, "a step failed");
+                self.meters.failed_steps.inc();
+                // Whoever could not even be started is never going to be.
+                if self.engine.load().running == 0 {
+                    self.fail_all(events);
+                }
+            }
+            Err(_) => {
+                tracing::error!("a step panicked: its requests fail, the cache is lost");
+                self.meters.failed_steps.inc();
+                self.engine = (self.make)();
+                self.fail_all(events);
+            }
+        }
+        self.deliver(events);
+        self.publish();
+    }
+
+    fn fail_all(&mut self, events: &mut Vec<Event>) {
+        events.clear();
+        let mut ids: Vec<SeqId> = self.clients.keys().copied().collect();
+        ids.sort_unstable();
+        for id in ids {
+            let mut dropped = Vec::new();
+            self.engine.cancel(id, &mut dropped);
+            events.push(Event::End {
+                id,
+                done: Done::Failed,
+                text: String::new(),
+                usage: Usage::default(),
+            });
+        }
+    }
+
+    fn deliver(&mut self, events: &mut Vec<Event>) {
+        let now = Instant::now();
+        for event in events.drain(..) {
+            let (id, happened) = match event {
+                Event::Prompt { id, logprobs } => (id, Happened::Prompt(logprobs)),
+                Event::Token {
+                    id,
+                    token,
+                    logprob,
+                    top,
+                    text,
+                    ..
+                } => (
+                    id,
+                    Happened::Token(Drawn {
+                        token,
+                        logprob,
+                        top,
+                        text,
+                    }),
+                ),
+                Event::End {
+                    id,
+                    done,
+                    text,
+                    usage,
+                } => (id, Happened::End { done, text, usage }),
+            };
+            let Some(client) = self.clients.get_mut(&id) else {
+                continue;
+            };
+            match &happened {
+                Happened::Token(_) => match client.last_token.replace(now) {
+                    None => self.meters.first_token(now - client.submitted),
+                    Some(before) => self.meters.next_token(now - before),
+                },
+                Happened::End { done, usage, .. } => {
+                    self.meters.ended(*done, *usage, now - client.submitted);
+                }
+                Happened::Prompt(_) => {}
+            }
+            let ended = matches!(happened, Happened::End { .. });
+            let _ = client.events.send((client.index, happened)); // gone: cancelled before the next step
+            if ended {
+                self.clients.remove(&id);
+            }
+        }
+    }
+
+    fn publish(&self) {
+        self.meters.load(self.engine.load(), self.engine.pool().stats());
+    }
+}

@@ -1,0 +1,520 @@
+//! The routes, called without a socket, on a tiny random model.
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use antefix_engine::{Budget, Options};
+use antefix_kernels::cpu::Cpu;
+use antefix_kernels::matmul::Precision;
+use antefix_kernels::team::Team;
+use antefix_models::decoder::Model;
+use antefix_models::files::ModelFiles;
+use antefix_models::gguf::Gguf;
+use antefix_models::spec::Arch;
+use antefix_models::template::ChatTemplate;
+use antefix_models::testing::tiny_gguf;
+use antefix_models::tokenizer::Tokenizer;
+use antefix_server::{Config, KeyConfig, Limits, Server};
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]";
+
+fn server_with(change: impl FnOnce(&mut Config)) -> Server {
+    let gguf = Gguf::parse(tiny_gguf(Arch::Llama, 11)).unwrap();
+    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).unwrap());
+    let files = ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).unwrap();
+    let model = Arc::new(Model::load(files, Cpu::best(), Arc::new(Team::new(1)), Precision::Fast).unwrap());
+    let template = ChatTemplate::new(TEMPLATE, "", "").unwrap();
+    let mut config = Config {
+        names: vec!["tiny".into()],
+        engine: Options {
+            kv_bytes: 32 << 20,
+            context: 2048,
+            budget: Budget::default(),
+        },
+        limits: Limits { queue: 64 },
+        keys: Vec::new(),
+        strict: false,
+        body_bytes: 1 << 20,
+        body_timeout: Duration::from_secs(5),
+        drain: Duration::from_secs(5),
+    };
+    change(&mut config);
+    Server::start(&model, &tokenizer, Some(template), config).unwrap()
+}
+
+fn app() -> Router {
+    server_with(|_| ()).app()
+}
+
+fn post(path: &str, body: &Value) -> Request<Body> {
+    Request::post(path)
+        .header("content-type", "application/json")
+        .body(Body::from(body.to_string()))
+        .unwrap()
+}
+
+async fn text(response: Response<Body>) -> String {
+    String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
+}
+
+async fn call(app: &Router, request: Request<Body>) -> (StatusCode, Value) {
+    let response = app.clone().oneshot(request).await.unwrap();
+    let status = response.status();
+    let text = text(response).await;
+    (
+        status,
+        serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}")),
+    )
+}
+
+async fn ok(app: &Router, path: &str, body: Value) -> Value {
+    let (status, value) = call(app, post(path, &body)).await;
+    assert_eq!(status, 200, "{value}");
+    value
+}
+
+/// The data of a server-sent event stream, `[DONE]` checked and left out.
+async fn events(app: &Router, path: &str, body: Value, done: bool) -> Vec<Value> {
+    let response = app.clone().oneshot(post(path, &body)).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let text = text(response).await;
+    let mut data: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("data: ")).collect();
+    if done {
+        assert_eq!(data.pop(), Some("[DONE]"));
+    }
+    data.iter().map(|d| serde_json::from_str(d).unwrap()).collect()
+}
+
+fn long_prompt(n: usize) -> String {
+    let words: Vec<String> = (0..n).map(|i| format!("word{}", i % 17)).collect();
+    words.join(" ")
+}
+
+#[tokio::test]
+async fn streamed_and_whole_answers_agree() {
+    let app = app();
+    let ask = json!({
+        "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20, "temperature": 0.8, "seed": 3,
+        "n": 3, "logprobs": true, "top_logprobs": 2,
+    });
+    let whole = ok(&app, "/v1/chat/completions", ask.clone()).await;
+    assert_eq!(whole["usage"]["completion_tokens"], 60);
+    assert_eq!(whole["choices"].as_array().unwrap().len(), 3);
+    let mut streaming = ask;
+    streaming["stream"] = json!(true);
+    streaming["stream_options"] = json!({"include_usage": true});
+    let chunks = events(&app, "/v1/chat/completions", streaming, true).await;
+    for index in 0..3 {
+        let mine = || {
+            chunks
+                .iter()
+                .flat_map(|c| c["choices"].as_array().unwrap())
+                .filter(move |c| c["index"] == index)
+        };
+        let said: String = mine().filter_map(|c| c["delta"]["content"].as_str()).collect();
+        assert_eq!(whole["choices"][index]["message"]["content"], said);
+        let logprobs: Vec<&Value> = mine()
+            .filter_map(|c| c["logprobs"]["content"].as_array())
+            .flatten()
+            .collect();
+        let want: Vec<&Value> = whole["choices"][index]["logprobs"]["content"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .collect();
+        assert_eq!(logprobs, want);
+        assert_eq!(want.len(), 20);
+        assert_eq!(mine().next_back().unwrap()["finish_reason"], "length");
+    }
+    assert_ne!(
+        whole["choices"][0], whole["choices"][1],
+        "seeds follow each other"
+    );
+    let last = chunks.last().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["completion_tokens"], 60);
+}
+
+#[tokio::test]
+async fn a_second_turn_finds_the_first_one_cached_and_says_the_same() {
+    let app = app();
+    let first = long_prompt(60);
+    let ask = json!({"prompt": first, "max_tokens": 40, "temperature": 0, "logprobs": 3});
+    let cold = ok(&app, "/v1/completions", ask.clone()).await;
+    assert_eq!(cold["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    let warm = ok(&app, "/v1/completions", ask.clone()).await;
+    let prompt = warm["usage"]["prompt_tokens"].as_u64().unwrap();
+    let cached = warm["usage"]["prompt_tokens_details"]["cached_tokens"]
+        .as_u64()
+        .unwrap();
+    assert!(
+        cached + 32 >= prompt && cached.is_multiple_of(32),
+        "{cached} of {prompt}"
+    );
+    assert_eq!(
+        cold["choices"], warm["choices"],
+        "to the bit, log-probabilities included"
+    );
+    // Other salts see nothing of it.
+    let mut salted = ask;
+    salted["cache_salt"] = json!("other");
+    let other = ok(&app, "/v1/completions", salted).await;
+    assert_eq!(other["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+    assert_eq!(other["choices"], cold["choices"]);
+    let look = ok(&app, "/v1/cache/lookup", json!({"content": first})).await;
+    assert_eq!(look["cached_tokens"].as_u64(), Some(cached));
+    let request = Request::get("/v1/cache/tree").body(Body::empty()).unwrap();
+    let (_, tree) = call(&app, request).await;
+    assert!(tree["nodes"][0]["tokens"].as_u64().unwrap() >= cached);
+    assert!(tree["nodes"][0]["text"].as_str().unwrap().contains("word0"));
+}
+
+#[tokio::test]
+async fn echo_scores_the_prompt_as_the_answer_would_be() {
+    let app = app();
+    let ask = json!({"prompt": [5, 6, 7, 8], "max_tokens": 4, "temperature": 0, "logprobs": 2, "echo": true});
+    let echoed = ok(&app, "/v1/completions", ask).await;
+    let lists = &echoed["choices"][0]["logprobs"];
+    assert_eq!(lists["tokens"].as_array().unwrap().len(), 8);
+    assert!(lists["token_logprobs"][0].is_null());
+    assert!(lists["token_logprobs"][1].as_f64().unwrap() < 0.0);
+    // Score the whole text again: what was drawn has the log-probability it was drawn with.
+    let drawn = ok(
+        &app,
+        "/v1/completions",
+        json!({"prompt": [5, 6, 7, 8], "max_tokens": 4, "temperature": 0, "logprobs": 0}),
+    )
+    .await;
+    assert_eq!(
+        drawn["choices"][0]["logprobs"]["token_logprobs"]
+            .as_array()
+            .unwrap()[..],
+        lists["token_logprobs"].as_array().unwrap()[4..]
+    );
+    let scored = ok(
+        &app,
+        "/v1/completions",
+        json!({"prompt": [5, 6, 7, 8], "max_tokens": 0, "logprobs": 0, "echo": true}),
+    )
+    .await;
+    assert_eq!(
+        scored["choices"][0]["logprobs"]["tokens"]
+            .as_array()
+            .unwrap()
+            .len(),
+        4
+    );
+    assert_eq!(scored["usage"]["completion_tokens"], 0);
+}
+
+#[tokio::test]
+async fn best_of_keeps_the_likeliest() {
+    let app = app();
+    let ask =
+        |n: usize| json!({"prompt": "abc", "max_tokens": 6, "seed": 1, "n": n, "best_of": 6, "logprobs": 0});
+    let mean = |c: &Value| {
+        let lp: Vec<f64> = c["logprobs"]["token_logprobs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|x| x.as_f64().unwrap())
+            .collect();
+        lp.iter().sum::<f64>() / lp.len() as f64
+    };
+    let all = ok(&app, "/v1/completions", ask(6)).await;
+    let best = ok(&app, "/v1/completions", ask(2)).await;
+    let mut means: Vec<f64> = all["choices"].as_array().unwrap().iter().map(mean).collect();
+    means.sort_by(|a, b| b.total_cmp(a));
+    let got: Vec<f64> = best["choices"].as_array().unwrap().iter().map(mean).collect();
+    assert_eq!(got, means[..2]);
+    assert_eq!(best["usage"]["completion_tokens"], 36);
+}
+
+#[tokio::test]
+async fn bad_requests_are_named_in_openai_s_shape() {
+    let app = app();
+    let chat = "/v1/chat/completions";
+    let hello = json!([{"role": "user", "content": "x"}]);
+    let cases = [
+        (chat, json!({"messages": []}), 400, "messages"),
+        (
+            chat,
+            json!({"messages": [{"role": "king", "content": "x"}]}),
+            400,
+            "king",
+        ),
+        (
+            chat,
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            400,
+            "image_url",
+        ),
+        (chat, json!({"messages": hello, "model": "gpt-9"}), 404, "gpt-9"),
+        (
+            chat,
+            json!({"messages": hello, "temperature": -1}),
+            400,
+            "temperature",
+        ),
+        (chat, json!({"messages": hello, "top_p": 7}), 400, "top_p"),
+        (chat, json!({"messages": hello, "n": 0}), 400, "`n`"),
+        (
+            chat,
+            json!({"messages": hello, "max_tokens": 0}),
+            400,
+            "max_tokens",
+        ),
+        (
+            chat,
+            json!({"messages": hello, "max_tokens": "many"}),
+            400,
+            "max_tokens",
+        ),
+        (
+            chat,
+            json!({"messages": hello, "logit_bias": {"x": 1}}),
+            400,
+            "logit_bias",
+        ),
+        (
+            chat,
+            json!({"messages": hello, "top_logprobs": 21, "logprobs": true}),
+            400,
+            "top_logprobs",
+        ),
+        (
+            chat,
+            json!({"messages": [{"role": "user", "content": long_prompt(3000)}]}),
+            400,
+            "context",
+        ),
+        ("/v1/completions", json!({"prompt": ""}), 400, "empty"),
+        ("/v1/completions", json!({"prompt": [999_999]}), 400, "999999"),
+        (
+            "/v1/completions",
+            json!({"prompt": "x", "n": 3, "best_of": 2}),
+            400,
+            "best_of",
+        ),
+        ("/v1/nowhere", json!({}), 404, "nowhere"),
+        ("/detokenize", json!({"tokens": [4_000_000]}), 400, "4000000"),
+    ];
+    for (path, body, status, word) in cases {
+        let (got, value) = call(&app, post(path, &body)).await;
+        assert_eq!(got.as_u16(), status, "{body}: {value}");
+        let message = value["error"]["message"].as_str().unwrap();
+        assert!(message.contains(word), "{message}");
+        assert!(value["error"]["type"].is_string());
+    }
+    for (body, status) in [("{", 400), ("[]", 400), ("\u{0}", 400)] {
+        let request = Request::post(chat)
+            .header("content-type", "application/json")
+            .body(Body::from(body))
+            .unwrap();
+        let (got, value) = call(&app, request).await;
+        assert_eq!(got.as_u16(), status, "{body:?}");
+        assert!(value["error"]["message"].is_string());
+    }
+    let deep = "[".repeat(100_000);
+    let request = Request::post(chat)
+        .header("content-type", "application/json")
+        .body(Body::from(deep))
+        .unwrap();
+    assert_eq!(call(&app, request).await.0, 400);
+    let (status, _) = call(&app, post(chat, &json!({"messages": "x".repeat(2 << 20)}))).await;
+    assert_eq!(status, 413);
+    let (status, _) = call(&app, Request::get(chat).body(Body::empty()).unwrap()).await;
+    assert_eq!(status, 405);
+}
+
+#[tokio::test]
+async fn unknown_fields_are_named_or_refused() {
+    let ask = json!({"prompt": "x", "max_tokens": 1, "frobnicate": 1, "user": "me"});
+    let response = app().oneshot(post("/v1/completions", &ask)).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["x-antefix-ignored-fields"], "frobnicate");
+    let strict = server_with(|c| c.strict = true).app();
+    let (status, value) = call(&strict, post("/v1/completions", &ask)).await;
+    assert_eq!(
+        (status.as_u16(), value["error"]["param"].as_str()),
+        (400, Some("frobnicate"))
+    );
+}
+
+#[tokio::test]
+async fn keys_are_wanted_and_their_caches_are_apart() {
+    let key = |name: &str, secret: &str| KeyConfig {
+        name: name.into(),
+        key: Some(secret.into()),
+        ..KeyConfig::default()
+    };
+    let app =
+        server_with(|c| c.keys = vec![key("a", "aaaaaaaaaaaaaaaa"), key("b", "bbbbbbbbbbbbbbbb")]).app();
+    let ask = json!({"prompt": long_prompt(50), "max_tokens": 1});
+    let with = |key: Option<&str>| {
+        let mut request = post("/v1/completions", &ask);
+        if let Some(key) = key {
+            request
+                .headers_mut()
+                .insert("authorization", format!("Bearer {key}").parse().unwrap());
+        }
+        request
+    };
+    for path in [
+        "/v1/models",
+        "/metrics",
+        "/v1/loads",
+        "/v1/cache/tree",
+        "/server_info",
+    ] {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        assert_eq!(call(&app, request).await.0, 401, "{path}");
+    }
+    assert_eq!(call(&app, with(None)).await.0, 401);
+    assert_eq!(call(&app, with(Some("aaaaaaaaaaaaaaab"))).await.0, 401);
+    let cached = |v: Value| {
+        v["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(cached(call(&app, with(Some("aaaaaaaaaaaaaaaa"))).await.1), 0);
+    assert!(cached(call(&app, with(Some("aaaaaaaaaaaaaaaa"))).await.1) > 0);
+    assert_eq!(cached(call(&app, with(Some("bbbbbbbbbbbbbbbb"))).await.1), 0);
+    let (status, _) = call(&app, Request::get("/health/ready").body(Body::empty()).unwrap()).await;
+    assert_eq!(status, 200, "probes need no key");
+}
+
+#[tokio::test]
+async fn anthropic_messages_count_what_they_read_and_wrote() {
+    let app = app();
+    let system = long_prompt(60);
+    let ask = |stream: bool| {
+        json!({
+            "model": "tiny", "max_tokens": 12, "temperature": 0, "stream": stream,
+            "system": [{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}],
+            "messages": [{"role": "user", "content": "hello"}],
+        })
+    };
+    let cold = ok(&app, "/v1/messages", ask(false)).await;
+    let number = |v: &Value, name: &str| v["usage"][name].as_u64().unwrap();
+    let sum = |v: &Value| {
+        number(v, "input_tokens")
+            + number(v, "cache_creation_input_tokens")
+            + number(v, "cache_read_input_tokens")
+    };
+    assert_eq!(cold["type"], "message");
+    assert_eq!(cold["stop_reason"], "max_tokens");
+    assert_eq!(number(&cold, "cache_read_input_tokens"), 0);
+    assert!(number(&cold, "cache_creation_input_tokens") > 60);
+    let warm = ok(&app, "/v1/messages", ask(false)).await;
+    assert!(number(&warm, "cache_read_input_tokens") > 60);
+    assert_eq!(sum(&cold), sum(&warm));
+    assert_eq!(cold["content"], warm["content"]);
+    let mut count = ask(false);
+    count.as_object_mut().unwrap().remove("max_tokens");
+    let counted = ok(&app, "/v1/messages/count_tokens", count).await;
+    assert_eq!(counted["input_tokens"].as_u64(), Some(sum(&cold)));
+
+    let chunks = events(&app, "/v1/messages", ask(true), false).await;
+    let kinds: Vec<&str> = chunks.iter().map(|c| c["type"].as_str().unwrap()).collect();
+    assert_eq!(kinds[..2], ["message_start", "content_block_start"]);
+    assert_eq!(
+        kinds[kinds.len() - 3..],
+        ["content_block_stop", "message_delta", "message_stop"]
+    );
+    let said: String = chunks
+        .iter()
+        .filter_map(|c| c["delta"]["text"].as_str())
+        .collect();
+    assert_eq!(cold["content"][0]["text"], said);
+    assert_eq!(chunks[chunks.len() - 2]["usage"]["output_tokens"], 12);
+
+    let (status, value) = call(
+        &app,
+        post("/v1/messages", &json!({"messages": [], "max_tokens": 3})),
+    )
+    .await;
+    assert_eq!((status.as_u16(), value["type"].as_str()), (400, Some("error")));
+    assert_eq!(value["error"]["type"], "invalid_request_error");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_memory() {
+    let app = app();
+    let mut ask =
+        json!({"prompt": long_prompt(40), "max_tokens": 1500, "ignore_eos": true, "cache_salt": "gone"});
+    for (stream, gone) in [(false, 1), (true, 2)] {
+        ask["stream"] = json!(stream);
+        let request = app.clone().oneshot(post("/v1/completions", &ask));
+        if stream {
+            let mut body = request.await.unwrap().into_body();
+            assert!(body.frame().await.unwrap().is_ok());
+            drop(body);
+        } else {
+            let left = tokio::time::timeout(Duration::from_millis(30), request).await;
+            assert!(left.is_err(), "it was still running");
+        }
+        let wanted = [
+            format!("antefix_requests_cancelled_total {gone}\n"),
+            "vllm:num_requests_running 0\n".to_string(),
+        ];
+        let mut tries = 0;
+        loop {
+            let request = Request::get("/metrics").body(Body::empty()).unwrap();
+            let metrics = text(app.clone().oneshot(request).await.unwrap()).await;
+            if wanted.iter().all(|w| metrics.contains(w)) {
+                break;
+            }
+            tries += 1;
+            assert!(tries < 1000, "{metrics}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_full_line_turns_away_with_retry_after() {
+    let app = server_with(|c| {
+        c.limits.queue = 2;
+        // Room for one long sequence.
+        c.engine.kv_bytes = 1 << 20;
+        c.engine.context = 1024;
+    })
+    .app();
+    let ask = json!({"prompt": "x", "max_tokens": 4, "n": 3});
+    let response = app.oneshot(post("/v1/completions", &ask)).await.unwrap();
+    assert_eq!(response.status(), 429);
+    assert!(
+        response.headers()["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            >= 1
+    );
+}
+
+#[tokio::test]
+async fn tokens_go_there_and_back() {
+    let app = app();
+    let text = "héllo <|weird|> 世界";
+    let tokens = ok(&app, "/tokenize", json!({"content": text, "add_special": false})).await;
+    let back = ok(&app, "/detokenize", json!({"tokens": tokens["tokens"]})).await;
+    assert_eq!(back["content"], text);
+    let prompt = ok(
+        &app,
+        "/apply-template",
+        json!({"messages": [{"role": "user", "content": "x"}]}),
+    )
+    .await;
+    assert_eq!(prompt["prompt"], "[user]x\n[assistant]");
+}
