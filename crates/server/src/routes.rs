@@ -326,11 +326,15 @@ async fn cache_lookup(
 
 async fn cache_stats(State(app): Shared, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
     tenant(&app, &headers)?;
-    let look = |engine: &mut antefix_engine::Engine| (engine.pool().stats(), engine.radix().blocks());
-    let (pool, blocks) = app.worker.inspect(look).await.ok_or_else(gone)?;
+    let look = |engine: &mut antefix_engine::Engine| {
+        let pool = engine.pool();
+        (pool.stats(), engine.radix().blocks(), pool.bytes_for(1))
+    };
+    let (pool, blocks, block_bytes) = app.worker.inspect(look).await.ok_or_else(gone)?;
     Ok(Json(json!({
         "block_tokens": 32,
         "blocks": blocks,
+        "block_bytes": block_bytes,
         "bytes_used": pool.bytes_used,
         "bytes_allocated": pool.bytes_allocated,
         "bytes_capacity": pool.capacity,

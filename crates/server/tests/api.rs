@@ -1,78 +1,21 @@
 //! The routes, called without a socket, on a tiny random model.
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
-use std::path::Path;
-use std::sync::Arc;
+mod common;
+
 use std::time::Duration;
 
-use antefix_engine::{Budget, Options};
-use antefix_kernels::cpu::Cpu;
-use antefix_kernels::matmul::Precision;
-use antefix_kernels::team::Team;
-use antefix_models::decoder::Model;
-use antefix_models::files::ModelFiles;
-use antefix_models::gguf::Gguf;
-use antefix_models::spec::Arch;
-use antefix_models::template::ChatTemplate;
-use antefix_models::testing::tiny_gguf;
-use antefix_models::tokenizer::Tokenizer;
-use antefix_server::{Config, KeyConfig, Limits, Server};
+use antefix_server::KeyConfig;
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Request, Response, StatusCode};
+use axum::http::Request;
+use common::{call, post, server_with, text};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]";
-
-fn server_with(change: impl FnOnce(&mut Config)) -> Server {
-    let gguf = Gguf::parse(tiny_gguf(Arch::Llama, 11)).unwrap();
-    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).unwrap());
-    let files = ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).unwrap();
-    let model = Arc::new(Model::load(files, Cpu::best(), Arc::new(Team::new(1)), Precision::Fast).unwrap());
-    let template = ChatTemplate::new(TEMPLATE, "", "").unwrap();
-    let mut config = Config {
-        names: vec!["tiny".into()],
-        engine: Options {
-            kv_bytes: 32 << 20,
-            context: 2048,
-            budget: Budget::default(),
-        },
-        limits: Limits { queue: 64 },
-        keys: Vec::new(),
-        strict: false,
-        body_bytes: 1 << 20,
-        body_timeout: Duration::from_secs(5),
-        drain: Duration::from_secs(5),
-    };
-    change(&mut config);
-    Server::start(&model, &tokenizer, Some(template), config).unwrap()
-}
-
 fn app() -> Router {
     server_with(|_| ()).app()
-}
-
-fn post(path: &str, body: &Value) -> Request<Body> {
-    Request::post(path)
-        .header("content-type", "application/json")
-        .body(Body::from(body.to_string()))
-        .unwrap()
-}
-
-async fn text(response: Response<Body>) -> String {
-    String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
-}
-
-async fn call(app: &Router, request: Request<Body>) -> (StatusCode, Value) {
-    let response = app.clone().oneshot(request).await.unwrap();
-    let status = response.status();
-    let text = text(response).await;
-    (
-        status,
-        serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}")),
-    )
 }
 
 async fn ok(app: &Router, path: &str, body: Value) -> Value {
