@@ -1,5 +1,6 @@
 //! `antefix serve`: the HTTP server. Settings come from flags, then the environment, then a TOML file, then defaults.
 
+use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -214,6 +215,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("ANTEFIX_LOG");
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter.unwrap_or_else(|_| "info,tower_http=warn".into()))
         .init();
 
