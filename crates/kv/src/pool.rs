@@ -28,6 +28,11 @@ impl KvShape {
         self.layout().bytes()
     }
 
+    /// Bytes of a block: the pages of 32 tokens.
+    pub fn block_bytes(&self) -> usize {
+        self.runs() * self.page_bytes()
+    }
+
     fn layout(&self) -> PageLayout {
         PageLayout {
             dim: self.dim,
@@ -55,6 +60,14 @@ pub enum KvError {
         free: usize,
         /// Bytes of the pool.
         capacity: usize,
+    },
+    /// Bytes that are no block of this pool's shape.
+    #[error("a block of this model has {want} bytes, not {got}")]
+    BlockBytes {
+        /// Bytes given.
+        got: usize,
+        /// Bytes of a block.
+        want: usize,
     },
 }
 
@@ -327,6 +340,61 @@ impl Pool {
         }
     }
 
+    /// Writes the pages of a full block of `seq` into `out`, exactly as they are stored.
+    ///
+    /// `[layer * Hk + head]` pages, each its keys and then its values in the order of [`PageLayout`], little-endian.
+    ///
+    /// # Panics
+    /// When not all 32 tokens of the block are written.
+    pub fn export_block(&self, seq: &SeqKv, block: usize, out: &mut Vec<u8>) {
+        assert!(
+            (block + 1) * PAGE_ROWS <= seq.len,
+            "only full blocks leave the pool"
+        );
+        out.clear();
+        out.reserve(self.shape.block_bytes());
+        for table in &seq.tables {
+            match self.page(table[block]) {
+                Page::Bf16 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
+                Page::F32 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
+            }
+        }
+    }
+
+    /// Appends a block that [`Pool::export_block`] has written to `seq`, bit for bit the same.
+    ///
+    /// # Errors
+    /// When there is no room or `bytes` has another length; then nothing has changed.
+    ///
+    /// # Panics
+    /// When the last page of `seq` is not full, or more are reserved.
+    pub fn import_block(&mut self, seq: &mut SeqKv, bytes: &[u8]) -> Result<(), KvError> {
+        let want = self.shape.block_bytes();
+        if bytes.len() != want {
+            let got = bytes.len();
+            return Err(KvError::BlockBytes { got, want });
+        }
+        assert_eq!(seq.len, seq.room(), "blocks are appended to full blocks");
+        self.reserve(seq, PAGE_ROWS)?;
+        let part = self.shape.page_bytes() / 2;
+        for (table, bytes) in seq.tables.iter().zip(bytes.chunks_exact(2 * part)) {
+            let Some(&page) = table.last() else { continue };
+            let (keys, values) = bytes.split_at(part);
+            match self.page_mut(page) {
+                PageMut::Bf16 { k, v } => {
+                    get_bytes(keys, k);
+                    get_bytes(values, v);
+                }
+                PageMut::F32 { k, v } => {
+                    get_bytes(keys, k);
+                    get_bytes(values, v);
+                }
+            }
+        }
+        seq.commit(PAGE_ROWS);
+        Ok(())
+    }
+
     /// Owners of a page: sequences and the radix tree.
     pub fn owners(&self, id: PageId) -> u32 {
         self.owners[id.0 as usize]
@@ -422,6 +490,44 @@ impl Pool {
     }
 }
 
+/// A stored value as bytes.
+trait Stored<const N: usize>: Copy {
+    fn bytes(self) -> [u8; N];
+    fn of(bytes: [u8; N]) -> Self;
+}
+
+impl Stored<2> for u16 {
+    fn bytes(self) -> [u8; 2] {
+        self.to_le_bytes()
+    }
+    fn of(bytes: [u8; 2]) -> Self {
+        Self::from_le_bytes(bytes)
+    }
+}
+
+impl Stored<4> for f32 {
+    fn bytes(self) -> [u8; 4] {
+        self.to_le_bytes()
+    }
+    fn of(bytes: [u8; 4]) -> Self {
+        Self::from_le_bytes(bytes)
+    }
+}
+
+fn put_bytes<const N: usize, T: Stored<N>>(values: &[T], out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + values.len() * N, 0);
+    for (to, value) in out[start..].as_chunks_mut().0.iter_mut().zip(values) {
+        *to = value.bytes();
+    }
+}
+
+fn get_bytes<const N: usize, T: Stored<N>>(bytes: &[u8], values: &mut [T]) {
+    for (value, from) in values.iter_mut().zip(bytes.as_chunks().0) {
+        *value = T::of(*from);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -502,6 +608,67 @@ mod tests {
         assert_eq!(read(&pool, &b).len(), 51);
         pool.release(b);
         assert_eq!(pool.stats().bytes_used, 0);
+    }
+
+    #[test]
+    fn a_block_that_left_the_pool_comes_back_bit_for_bit() {
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let shape = KvShape { dtype, ..SHAPE };
+            let mut pool = Pool::new(shape, 4 * shape.block_bytes());
+            let mut seq = SeqKv::new(shape);
+            pool.reserve(&mut seq, 64).unwrap();
+            let width = shape.kv_heads * shape.dim;
+            let mut noise = 1u32;
+            for layer in 0..shape.layers {
+                let mut rows = || -> Vec<f32> {
+                    let all_bits = (0..64 * width).map(|_| {
+                        noise = noise.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+                        f32::from_bits(noise) // NaNs, infinities and subnormals among them
+                    });
+                    all_bits.collect()
+                };
+                let (k, v) = (rows(), rows());
+                pool.write(&seq, layer, 0, &k, &v);
+            }
+            seq.commit(64);
+            let (mut first, mut second, mut again) = (Vec::new(), Vec::new(), Vec::new());
+            pool.export_block(&seq, 0, &mut first);
+            pool.export_block(&seq, 1, &mut second);
+            assert_eq!(first.len(), shape.block_bytes());
+            assert_ne!(first, second);
+            let mut copy = SeqKv::new(shape);
+            pool.import_block(&mut copy, &first).unwrap();
+            pool.import_block(&mut copy, &second).unwrap();
+            assert_eq!(copy.len(), 64);
+            for (block, want) in [&first, &second].into_iter().enumerate() {
+                pool.export_block(&copy, block, &mut again);
+                assert_eq!(&again, want);
+            }
+            let bits = |page: Page<'_>| -> Vec<u32> {
+                match page {
+                    Page::Bf16 { k, v } => k.iter().chain(v).map(|&x| x.into()).collect(),
+                    Page::F32 { k, v } => k.iter().chain(v).map(|x| x.to_bits()).collect(),
+                }
+            };
+            for (layer, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                for (&a, &b) in seq.pages(layer, head).iter().zip(copy.pages(layer, head)) {
+                    assert_ne!(a, b);
+                    assert_eq!(bits(pool.page(a)), bits(pool.page(b)));
+                }
+            }
+            let before = (pool.stats(), copy.len(), copy.room());
+            let e = pool.import_block(&mut copy, &first[1..]).unwrap_err();
+            assert!(
+                matches!(e, KvError::BlockBytes { got, want } if got + 1 == want),
+                "{e}"
+            );
+            let e = pool.import_block(&mut copy, &first).unwrap_err();
+            assert!(matches!(e, KvError::OutOfMemory { free: 0, .. }), "{e}");
+            assert_eq!((pool.stats(), copy.len(), copy.room()), before);
+            pool.release(seq);
+            pool.release(copy);
+            assert_eq!(pool.stats().bytes_used, 0);
+        }
     }
 
     #[derive(Debug, Clone)]
