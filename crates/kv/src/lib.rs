@@ -3,6 +3,7 @@
 //! Keys and values are stored per (layer, KV head) in pages of 32 rows. Full pages are immutable and shared by reference count;
 //! only the last, partly filled page of a sequence is written, and only while nobody else holds it.
 
+pub mod disk;
 mod pool;
 mod radix;
 mod ragged;
