@@ -66,3 +66,13 @@ pub enum LoadError {
         supported: &'static str,
     },
 }
+
+/// Text out of a file, as it can be shown in a message: the first 200 characters, none of which moves a cursor.
+pub(crate) fn shown(text: &str) -> String {
+    let visible = |c: char| if c.is_control() { '?' } else { c };
+    let mut shown: String = text.chars().take(200).map(visible).collect();
+    if shown.len() < text.len() {
+        shown.push('…');
+    }
+    shown
+}

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 
 pub use crate::role::Role;
 use crate::{
-    error::LoadError,
+    error::{LoadError, shown},
     gguf::Gguf,
     safetensors::Folder,
     spec::{self, Arch, ModelSpec},
@@ -193,7 +193,7 @@ impl ModelFiles {
                 file: self.path.clone(),
                 tensor: name,
                 want,
-                got: shape,
+                got: shape.into_iter().take(8).collect(),
             });
         }
         let unusable = || LoadError::Type {
@@ -254,7 +254,7 @@ impl ModelFiles {
                 file: self.path.clone(),
                 feature: format!(
                     "tensor `{}` in a model of architecture `{}`",
-                    name,
+                    shown(name),
                     self.spec.arch.name()
                 ),
                 hint: "the model may be a variant of its architecture that is not known here",

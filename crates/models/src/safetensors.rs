@@ -9,7 +9,10 @@ use std::{
 use safetensors::{Dtype, tensor::Metadata};
 use serde_json::Value;
 
-use crate::{error::LoadError, map::Bytes};
+use crate::{
+    error::{LoadError, shown},
+    map::Bytes,
+};
 
 /// Longest header. Its tables take up to four times as much memory.
 const MAX_HEADER: u64 = 16 << 20;
@@ -112,7 +115,7 @@ impl Folder {
         for (name, mut place) in places {
             place.part = self.parts.len();
             if self.places.contains_key(&name) {
-                let what = format!("tensor `{name}` is in another part as well");
+                let what = format!("tensor `{}` is in another part as well", shown(&name));
                 return Err(LoadError::Safetensors { file, what });
             }
             self.places.insert(name, place);
@@ -148,7 +151,9 @@ fn part_names(dir: &Path) -> Result<Vec<String>, LoadError> {
         let plain = file.ends_with(".safetensors") && !file.contains(['/', '\\', ':', '\0']);
         if !plain {
             return Err(bad(format!(
-                "says that `{tensor}` is in `{file}`, which is not the name of a safetensors file"
+                "says that `{}` is in `{}`, which is not the name of a safetensors file",
+                shown(tensor),
+                shown(file)
             )));
         }
         names.insert(file.to_owned());
@@ -173,7 +178,7 @@ fn read_json(file: &Path) -> Result<Value, LoadError> {
         return Err(bad(format!("has {len} bytes, at most {MAX_JSON} are read")));
     }
     let bytes = fs::read(file).map_err(io)?;
-    serde_json::from_slice(&bytes).map_err(|error| bad(format!("is not JSON: {error}")))
+    serde_json::from_slice(&bytes).map_err(|error| bad(format!("is not JSON: {}", shown(&error.to_string()))))
 }
 
 /// Checks the header of a safetensors file; every place lies inside `bytes` and has the size its shape implies.
@@ -190,14 +195,15 @@ fn read_header(bytes: &[u8]) -> Result<Vec<(String, Place)>, String> {
         ));
     }
     let (header, data) = rest.split_at(len as usize);
-    let metadata: Metadata =
-        serde_json::from_slice(header).map_err(|error| format!("its header cannot be read: {error}"))?;
+    let metadata: Metadata = serde_json::from_slice(header)
+        .map_err(|error| format!("its header cannot be read: {}", shown(&error.to_string())))?;
     let mut places = Vec::new();
     for (name, info) in metadata.tensors() {
         let (from, to) = info.data_offsets;
         if from > to || to > data.len() {
             let what = format!(
-                "tensor `{name}` is at {from}..{to}, the file has {} bytes of data",
+                "tensor `{}` is at {from}..{to}, the file has {} bytes of data",
+                shown(&name),
                 data.len()
             );
             return Err(format!("{what}\nhint: the download may be incomplete"));
@@ -208,9 +214,10 @@ fn read_header(bytes: &[u8]) -> Result<Vec<(String, Place)>, String> {
             .try_fold(1usize, |acc, &dim| acc.checked_mul(dim));
         let bits = values.and_then(|values| values.checked_mul(info.dtype.bitsize()));
         if bits != (to - from).checked_mul(8) {
-            let shape = &info.shape;
+            let shape = shown(&format!("{:?}", info.shape));
             return Err(format!(
-                "tensor `{name}` of shape {shape:?} cannot have {} bytes",
+                "tensor `{}` of shape {shape} cannot have {} bytes",
+                shown(&name),
                 to - from
             ));
         }

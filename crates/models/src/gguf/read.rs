@@ -1,6 +1,7 @@
 //! Walks a GGUF file once, checks every length, and notes where things are.
 
 use super::{GgufError, Kind, ggml};
+use crate::error::shown;
 
 /// Where a part of the file is; checked to lie inside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,7 +173,7 @@ struct RawLine {
 fn read_line(cur: &mut Cursor<'_>) -> Result<RawLine, GgufError> {
     let (name_span, name) = cur.name("tensor name")?;
     let bad = |what: String| GgufError::Tensor {
-        tensor: name.to_owned(),
+        tensor: shown(name),
         what,
     };
     let n_dims = cur.u32("number of dimensions")?;
@@ -274,7 +275,7 @@ pub(super) fn walk(bytes: &[u8]) -> Result<Tables, GgufError> {
         len,
     } in raw
     {
-        let tensor = || String::from_utf8_lossy(line.name.of(bytes)).into_owned();
+        let tensor = || shown(&String::from_utf8_lossy(line.name.of(bytes)));
         if !offset.is_multiple_of(alignment) {
             let what = format!("starts at {offset}, which is not a multiple of the alignment {alignment}");
             return Err(GgufError::Tensor {
@@ -336,7 +337,7 @@ fn sort_names<T>(
         .find(|w| name(&w[0]).of(bytes) == name(&w[1]).of(bytes))
     {
         Some(w) => {
-            let name = String::from_utf8_lossy(name(&w[0]).of(bytes)).into_owned();
+            let name = shown(&String::from_utf8_lossy(name(&w[0]).of(bytes)));
             Err(GgufError::Duplicate { what, name })
         }
         None => Ok(()),

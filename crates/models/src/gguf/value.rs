@@ -1,5 +1,9 @@
 //! Metadata values as views into the file: nothing here owns or copies.
 
+use std::fmt;
+
+use crate::error::shown;
+
 /// The type of a metadata value, numbered as in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names say it")]
@@ -52,7 +56,7 @@ impl Kind {
 }
 
 /// One metadata value. Strings and arrays borrow from the file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub enum Value<'a> {
     /// Any unsigned integer.
     U64(u64),
@@ -68,6 +72,27 @@ pub enum Value<'a> {
     Str(&'a [u8]),
     /// An array, read when iterated.
     Array(Array<'a>),
+}
+
+/// Short, whatever the file holds: for messages.
+impl fmt::Debug for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::U64(value) => write!(f, "{value}"),
+            Self::I64(value) => write!(f, "{value}"),
+            Self::F32(value) => write!(f, "{value}"),
+            Self::F64(value) => write!(f, "{value}"),
+            Self::Bool(value) => write!(f, "{value}"),
+            Self::Str(text) => write!(f, "`{}`", shown(&String::from_utf8_lossy(text))),
+            Self::Array(array) => array.fmt(f),
+        }
+    }
+}
+
+impl fmt::Debug for Array<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an array of {} {:?}", self.len, self.kind)
+    }
 }
 
 impl<'a> Value<'a> {
@@ -172,7 +197,7 @@ fn read_str(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// An array of values of one kind, still in the file. Iterating it allocates nothing.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Array<'a> {
     kind: Kind,
     len: usize,

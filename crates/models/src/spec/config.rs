@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{Act, Arch, LayerKind, ModelSpec, RopeScaling, RopeSpec, RopeStyle, SUPPORTED};
-use crate::error::LoadError;
+use crate::error::{LoadError, shown};
 
 /// What only the tensors can tell.
 pub(crate) struct Present {
@@ -91,7 +91,7 @@ impl<'a> Keys<'a> {
 }
 
 fn short(value: &Value) -> String {
-    value.to_string().chars().take(64).collect()
+    shown(&value.to_string())
 }
 
 /// Describes the model of a `config.json`. `file` is for error messages.
@@ -112,7 +112,7 @@ pub(crate) fn from_config(config: &Value, present: &Present, file: &Path) -> Res
         "qwen3" => Arch::Qwen3,
         "gemma3" | "gemma3_text" => Arch::Gemma3,
         other => {
-            let arch = other.chars().take(64).collect();
+            let arch = shown(other);
             return Err(LoadError::Arch {
                 file: file.to_owned(),
                 arch,
@@ -186,10 +186,7 @@ fn refuse_unsupported(top: Keys<'_>, keys: Keys<'_>, arch: Arch) -> Result<(), L
     if let Some(quantization) = top.object("quantization_config") {
         let method = quantization.str("quant_method").unwrap_or("unknown");
         let hint = "name the unquantised model (bf16, f16 or f32), or a `.gguf` file";
-        return Err(top.unsupported(
-            format!("quantisation `{}`", method.chars().take(64).collect::<String>()),
-            hint,
-        ));
+        return Err(top.unsupported(format!("quantisation `{}`", shown(method)), hint));
     }
     if ["num_experts", "num_local_experts"]
         .into_iter()
@@ -212,7 +209,7 @@ fn refuse_unsupported(top: Keys<'_>, keys: Keys<'_>, arch: Arch) -> Result<(), L
         .or(keys.str("hidden_act"))
         .unwrap_or(want[0]);
     if !want.contains(&act) {
-        let feature = format!("activation `{}`", act.chars().take(64).collect::<String>());
+        let feature = format!("activation `{}`", shown(act));
         return Err(keys.unsupported(
             feature,
             "supported are silu, and gelu_pytorch_tanh in Gemma models",
@@ -354,7 +351,7 @@ fn scaling(keys: Keys<'_>) -> Result<RopeScaling, LoadError> {
             original: keys.f32("original_max_position_embeddings", 8192.0)?,
         }),
         Some(other) => {
-            let feature = format!("RoPE scaling `{}`", other.chars().take(64).collect::<String>());
+            let feature = format!("RoPE scaling `{}`", shown(other));
             Err(keys.unsupported(feature, "supported are default, linear and llama3"))
         }
     }

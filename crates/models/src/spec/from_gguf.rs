@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Act, Arch, LayerKind, ModelSpec, RopeScaling, RopeSpec, RopeStyle, SUPPORTED};
 use crate::{
-    error::LoadError,
+    error::{LoadError, shown},
     gguf::{Gguf, Value},
 };
 
@@ -88,7 +88,7 @@ pub(crate) fn from_gguf(gguf: &Gguf, file: &Path) -> Result<ModelSpec, LoadError
     })?;
     let arch = Arch::from_gguf_name(name).ok_or_else(|| LoadError::Arch {
         file: file.to_owned(),
-        arch: name.chars().take(64).collect(),
+        arch: shown(name),
         supported: SUPPORTED,
     })?;
     let keys = Keys { gguf, arch, file };
@@ -306,7 +306,7 @@ fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, LoadError> {
             Some(factor) => RopeScaling::Linear(factor),
         }),
         Some(other) => {
-            let feature = format!("RoPE scaling `{}`", other.chars().take(64).collect::<String>());
+            let feature = format!("RoPE scaling `{}`", shown(other));
             Err(keys.unsupported(feature, "supported are none, linear and Llama 3's"))
         }
     }

@@ -17,6 +17,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 pub use stream::StreamDecoder;
 use vocab::{Class, Vocab};
 
+use crate::error::shown;
 use crate::files::ModelFiles;
 use crate::gguf::Gguf;
 
@@ -35,6 +36,10 @@ pub enum TokenizerError {
     Pre { pre: String },
     #[error("merge {index} is not two tokens of the vocabulary")]
     Merge { index: usize },
+    #[error("special token {id} has {bytes} bytes, at most {MAX_SPECIAL} are possible")]
+    LongSpecial { id: u32, bytes: usize },
+    #[error("the special tokens have {bytes} bytes together, at most {MAX_SPECIALS} are possible")]
+    Specials { bytes: usize },
     #[error("{}: {what}", .file.display())]
     Json { file: std::path::PathBuf, what: String },
 }
@@ -67,22 +72,35 @@ pub struct Tokenizer {
     add_bos: bool,
 }
 
+/// Bytes of the longest special token, and of all of them. Real ones have up to 93 (a run of spaces in Gemma's) and 75,000.
+/// An automaton takes a kilobyte a byte for up to 100 tokens, some 40 bytes a byte for more.
+const MAX_SPECIAL: usize = 128;
+const MAX_SPECIALS: usize = 256 << 10;
+
 struct Matcher {
     patterns: AhoCorasick,
     ids: Vec<u32>,
 }
 
 impl Matcher {
-    fn new(tokens: Vec<(Vec<u8>, u32)>) -> Option<Self> {
+    fn new(tokens: Vec<(Vec<u8>, u32)>) -> Result<Option<Self>, TokenizerError> {
         if tokens.is_empty() {
-            return None;
+            return Ok(None);
+        }
+        if let Some((text, id)) = tokens.iter().find(|(text, _)| text.len() > MAX_SPECIAL) {
+            let bytes = text.len();
+            return Err(TokenizerError::LongSpecial { id: *id, bytes });
+        }
+        let bytes = tokens.iter().map(|(text, _)| text.len()).sum();
+        if bytes > MAX_SPECIALS {
+            return Err(TokenizerError::Specials { bytes });
         }
         let (texts, ids): (Vec<_>, Vec<_>) = tokens.into_iter().unzip();
         let patterns = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .build(texts)
-            .ok()?;
-        Some(Self { patterns, ids })
+            .map_err(|_| TokenizerError::Specials { bytes })?;
+        Ok(Some(Self { patterns, ids }))
     }
 
     /// Calls `plain(text, whether it is the start)` and `token(id)` on the pieces of `text` in order.
@@ -143,16 +161,13 @@ impl Tokenizer {
             "gpt2" => true,
             "llama" => false,
             other => {
-                return Err(TokenizerError::Kind {
-                    kind: other.to_string(),
-                });
+                return Err(TokenizerError::Kind { kind: shown(other) });
             }
         };
         let vocab = Vocab::from_gguf(gguf, byte_level)?;
         let kind = if byte_level {
             let pre = gguf.str("tokenizer.ggml.pre").unwrap_or("default");
-            let pre =
-                split::Pre::from_name(pre).ok_or_else(|| TokenizerError::Pre { pre: pre.to_string() })?;
+            let pre = split::Pre::from_name(pre).ok_or_else(|| TokenizerError::Pre { pre: shown(pre) })?;
             Kind::Bpe(bpe::Bpe::from_gguf(gguf, &vocab, pre)?)
         } else {
             Kind::Spm(spm::Spm::from_gguf(gguf, &vocab)?)
@@ -172,7 +187,7 @@ impl Tokenizer {
         let eot = id("tokenizer.ggml.eot_token_id")?;
         // SentencePiece models expect their begin token unless told otherwise; byte-level ones do not.
         let add_bos = gguf.bool("tokenizer.ggml.add_bos_token").unwrap_or(!byte_level);
-        Ok(Self::assemble(vocab, kind, (bos, eos, eot), add_bos))
+        Self::assemble(vocab, kind, (bos, eos, eot), add_bos)
     }
 
     /// From `tokenizer.json` and `tokenizer_config.json` in `dir`.
@@ -187,12 +202,7 @@ impl Tokenizer {
             eos,
             add_bos,
         } = folder::open(dir)?;
-        Ok(Self::assemble(
-            vocab,
-            Kind::Folder(Box::new(folder)),
-            (bos, eos, None),
-            add_bos,
-        ))
+        Self::assemble(vocab, Kind::Folder(Box::new(folder)), (bos, eos, None), add_bos)
     }
 
     fn assemble(
@@ -200,7 +210,7 @@ impl Tokenizer {
         kind: Kind,
         (bos, eos, eot): (Option<u32>, Option<u32>, Option<u32>),
         add_bos: bool,
-    ) -> Self {
+    ) -> Result<Self, TokenizerError> {
         let spm = matches!(kind, Kind::Spm(_));
         let texts = |want: &dyn Fn(Class) -> bool| -> Vec<(Vec<u8>, u32)> {
             (0..vocab.len() as u32)
@@ -221,16 +231,16 @@ impl Tokenizer {
         );
         ends.sort_unstable();
         ends.dedup();
-        Self {
-            with_control: Matcher::new(all),
-            without_control: Matcher::new(user),
+        Ok(Self {
+            with_control: Matcher::new(all)?,
+            without_control: Matcher::new(user)?,
             vocab,
             kind,
             bos,
             eos,
             ends,
             add_bos,
-        }
+        })
     }
 
     /// Token ids of `text`. No begin token is added.

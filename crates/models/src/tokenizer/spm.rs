@@ -63,7 +63,7 @@ impl Spm {
         Ok(Self {
             scores,
             add_space_prefix,
-            runs: Matcher::new(runs),
+            runs: Matcher::new(runs)?,
         })
     }
 
