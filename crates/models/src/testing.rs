@@ -9,6 +9,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod hostile;
+
 use crate::{
     files::Role,
     spec::{Act, Arch, LayerKind, ModelSpec, RopeScaling, RopeSpec, RopeStyle},

@@ -3,8 +3,11 @@ use antefix_models::{
     error::LoadError,
     files::{ModelFiles, Role},
     gguf::{Gguf, GgufError},
+    safetensors::check_header,
     spec::Arch,
-    testing::{GgufBuilder, Meta, Rng, tiny_builder, tiny_gguf, tiny_spec},
+    template::{ChatTemplate, Message},
+    testing::{GgufBuilder, Meta, Rng, hostile, tiny_builder, tiny_gguf, tiny_spec},
+    tokenizer::{Specials, Tokenizer},
 };
 
 const ARCHS: [Arch; 4] = [Arch::Llama, Arch::Qwen2, Arch::Qwen3, Arch::Gemma3];
@@ -354,4 +357,92 @@ fn descriptions_that_cannot_be_computed_are_refused_by_name() {
         b().replace("tokenizer.ggml.tokens", tokens).build(),
         &["tokenizer.ggml.tokens", "1000"],
     );
+}
+
+/// An error message that says something, in one paragraph.
+#[track_caller]
+fn is_clear(name: &str, message: &str) {
+    assert!((10..600).contains(&message.len()), "{name}: {message}");
+    let lines: Vec<&str> = message.lines().collect();
+    assert!(
+        lines.len() <= 3 && !message.contains("panicked"),
+        "{name}: {message}"
+    );
+}
+
+#[test]
+fn hostile_files_are_clear_errors() {
+    for (name, bytes) in hostile::gguf() {
+        assert!(bytes.len() <= 1 << 20, "{name}");
+        is_clear(&name, &load(bytes).expect_err(&name).to_string());
+    }
+    for (name, bytes) in hostile::safetensors() {
+        is_clear(&name, &check_header(&bytes).expect_err(&name));
+    }
+    for (name, bytes) in hostile::tables() {
+        let files = load(bytes);
+        let error = files.map_or_else(
+            |error| error.to_string(),
+            |files| Tokenizer::open(&files).err().expect(&name).to_string(),
+        );
+        is_clear(&name, &error);
+    }
+}
+
+#[test]
+fn hostile_folders_are_clear_errors() {
+    let dir = std::env::temp_dir().join(format!("antefix-hostile-{}", std::process::id()));
+    for (name, files) in hostile::folders() {
+        std::fs::create_dir_all(&dir).unwrap();
+        for (file, bytes) in files {
+            std::fs::write(dir.join(file), bytes).unwrap();
+        }
+        let error = match ModelFiles::open(&dir) {
+            Err(error) => error.to_string(),
+            Ok(files) => Tokenizer::open(&files).err().expect(&name).to_string(),
+        };
+        is_clear(&name, &error);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
+#[test]
+fn hostile_templates_are_clear_errors() {
+    for (name, source) in hostile::templates() {
+        let start = std::time::Instant::now();
+        let source = String::from_utf8(source).unwrap();
+        let messages = [Message::new("user", "hi")];
+        let error = ChatTemplate::new(&source, "<s>", "</s>")
+            .and_then(|t| t.render(&messages, None, true))
+            .expect_err(&name);
+        is_clear(&name, &error.to_string());
+        assert!(start.elapsed().as_secs() < 20, "{name}: {:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn large_tables_that_hold_together_are_read() {
+    for (name, bytes) in hostile::large() {
+        assert!(bytes.len() <= 1 << 20, "{name}");
+        let tokenizer = Tokenizer::open(&load(bytes).expect(&name)).expect(&name);
+        let ids = tokenizer.encode("aaaa", Specials::Parse);
+        assert!(
+            ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn every_truncation_of_a_model_is_an_error() {
+    let bytes = tiny_gguf(Arch::Qwen3, 1);
+    for len in (0..bytes.len())
+        .step_by(bytes.len() / 300)
+        .chain([bytes.len() - 1])
+    {
+        is_clear(
+            "truncated",
+            &load(bytes[..len].to_vec()).expect_err("truncated").to_string(),
+        );
+    }
 }
