@@ -62,6 +62,9 @@ fn check(root: &Path, files: &[&str]) -> Vec<String> {
                 ));
             }
         }
+        if file.ends_with("Cargo.toml") {
+            found.extend(lints(file, &text).map(|what| format!("{file}: {what}")));
+        }
         match file {
             "crates/state/Cargo.toml" => {
                 for name in dependencies(&text, "dependencies") {
@@ -124,11 +127,29 @@ fn dependencies(toml: &str, kind: &str) -> Vec<String> {
     names
 }
 
-/// Numbers of the lines with the keyword outside comments and literals.
+/// What is wrong with a manifest's lints: the workspace denies `unsafe_code`, every crate takes its lints from there. `fuzz/` is a
+/// workspace of its own.
+fn lints(file: &str, text: &str) -> Option<&'static str> {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let has = |pair: [&str; 2]| lines.windows(2).any(|two| two == pair);
+    match file {
+        "Cargo.toml" if !lines.contains(&r#"unsafe_code = "deny""#) => {
+            Some("the lints of the workspace do not deny `unsafe_code`")
+        }
+        "Cargo.toml" | "fuzz/Cargo.toml" => None,
+        _ if !has(["[lints]", "workspace = true"]) => Some("does not take its lints from the workspace"),
+        _ => None,
+    }
+}
+
+/// Numbers of the lines with the keyword, or with the lint that an attribute may allow, outside comments and literals.
 fn unsafe_lines(text: &str) -> Vec<usize> {
     let code = code_of(text);
     let word = |c: char| c.is_alphanumeric() || c == '_';
-    let has = |line: &str| line.split(|c| !word(c)).any(|w| w == "unsafe");
+    let has = |line: &str| {
+        line.split(|c| !word(c))
+            .any(|w| w == "unsafe" || w == "unsafe_code")
+    };
     code.lines()
         .enumerate()
         .filter(|(_, line)| has(line))
@@ -202,14 +223,33 @@ mod tests {
     #[test]
     fn unsafe_is_found_where_it_does_not_belong() {
         let text = "//! unsafe\n/* unsafe\n */ const A: &str = \"\\\" unsafe\";\nconst B: &str = r#\"unsafe \" \"#;\nconst Q: char = '\"';\nfn f() { unsafe { g() } }\n#![allow(unsafe_code)]\n";
-        assert_eq!(unsafe_lines(text), [6]);
-        assert_eq!(one("unsafe", "crates/kv/src/a.rs", text).len(), 1);
+        assert_eq!(unsafe_lines(text), [6, 7]);
+        assert_eq!(one("unsafe", "crates/kv/src/a.rs", text).len(), 2);
         assert_eq!(one("kernels", "crates/kernels/src/a.rs", text), [""; 0]);
         assert_eq!(one("map", "crates/models/src/map.rs", text), [""; 0]);
     }
 
     #[test]
+    fn every_crate_takes_the_lints_of_the_workspace() {
+        let whole = "[workspace.lints.rust]\nunsafe_code = \"deny\"\n";
+        assert_eq!(one("lints-whole", "Cargo.toml", whole), [""; 0]);
+        assert_eq!(
+            one("lints-none", "Cargo.toml", &whole.replace("deny", "warn")).len(),
+            1
+        );
+        let file = "crates/kv/Cargo.toml";
+        assert_eq!(one("lints-crate", file, "[lints]\nworkspace = true\n"), [""; 0]);
+        assert_eq!(
+            one("lints-own", file, "[lints.rust]\nunsafe_code = \"allow\"\n").len(),
+            1
+        );
+    }
+
+    #[test]
     fn borders_between_crates_are_kept() {
+        let one = |test: &str, file: &str, text: &str| {
+            one(test, file, &format!("[lints]\nworkspace = true\n\n{text}"))
+        };
         let file = "crates/state/Cargo.toml";
         assert_eq!(
             one(
