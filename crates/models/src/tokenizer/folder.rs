@@ -295,6 +295,8 @@ impl Tokens {
                 Class::Normal => Some(
                     hex_byte(&text).map_or_else(|| text.replace('\u{2581}', " ").into_bytes(), |b| vec![b]),
                 ),
+                // Runs of spaces, such as Gemma's, are written with their stand-ins; as in GGUF files they stand for spaces.
+                Class::UserDefined if !byte_level => Some(text.replace('\u{2581}', " ").into_bytes()),
                 _ => None,
             };
             (bytes.unwrap_or_else(|| text.into_bytes()), class)

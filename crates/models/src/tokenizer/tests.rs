@@ -70,3 +70,21 @@ fn broken_tables_are_errors() {
     check("tokenizer.ggml.bos_token_id", Meta::U32(1 << 30), "vocabulary");
     check("tokenizer.ggml.tokens", Meta::Strs(vec![]), "empty");
 }
+
+#[test]
+fn runs_of_spaces_in_a_folder_stand_for_spaces() {
+    let mut json = crate::testing::hostile::tokenizer_json();
+    json["decoder"] = serde_json::Value::Null;
+    let run = serde_json::json!({"id": 5, "content": "\u{2581}\u{2581}"});
+    json["added_tokens"].as_array_mut().unwrap().push(run);
+    let dir = std::env::temp_dir().join(format!("antefix-runs-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("tokenizer.json"), json.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_folder(&dir).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    let ids = tokenizer.encode("a  b<s>", Specials::Parse);
+    assert_eq!(ids, [0, 5, 1, 4]);
+    assert_eq!(tokenizer.decode(&ids), "a  b<s>");
+    // The name of a special token in plain text is text.
+    assert!(!tokenizer.encode("<s>", Specials::Plain).contains(&4));
+}
