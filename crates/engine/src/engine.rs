@@ -1,6 +1,6 @@
 //! The loop: admit what fits, schedule, run the model, sample, report.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use antefix_kv::{KvError, Pool, Radix, SeqKv};
@@ -136,6 +136,8 @@ struct Seq {
     sampler: Sampler,
     decoder: StreamDecoder,
     stop: StopMatcher,
+    /// Tokens that its constraint has decided on and that are not part of the answer yet.
+    forced: VecDeque<u32>,
     prompt_logprobs: Vec<PromptLogprob>,
 }
 
@@ -150,6 +152,7 @@ impl Seq {
             sampler: Sampler::new(job.sampling.clone()),
             decoder: StreamDecoder::new(),
             stop: StopMatcher::new(job.stop.clone()),
+            forced: VecDeque::new(),
             prompt_logprobs: Vec::new(),
             job,
         }
@@ -209,6 +212,7 @@ pub struct Engine {
     preempted: u64,
     scratch: Scratch,
     logits: Vec<f32>,
+    masked: Vec<f32>,
 }
 
 impl Engine {
@@ -232,6 +236,7 @@ impl Engine {
             preempted: 0,
             scratch: Scratch::default(),
             logits: Vec::new(),
+            masked: Vec::new(),
         }
     }
 
@@ -403,7 +408,7 @@ impl Engine {
                     });
                     seq.job.prompt_logprobs = false;
                 }
-                if let Some(done) = accept(seq, &self.tokenizer, row, events) {
+                if let Some(done) = accept(seq, &self.tokenizer, row, &mut self.masked, events) {
                     ended.push((seq.id, done));
                 }
             }
@@ -588,12 +593,92 @@ impl Engine {
     }
 }
 
-/// Draws the next token of `seq` and says whether it ends there.
-fn accept(seq: &mut Seq, tokenizer: &Tokenizer, logits: &[f32], events: &mut Vec<Event>) -> Option<Done> {
-    let token = seq.sampler.draw(logits, &seq.tokens);
+/// What is known of a token beside its id.
+#[derive(Default)]
+struct Report {
+    logprob: Option<f32>,
+    top: Vec<(u32, f32)>,
+    logits: Option<Vec<f32>>,
+}
+
+impl Report {
+    fn of(job: &Job, token: u32, logits: &[f32]) -> Self {
+        let (logprob, top) = match job.want_logprobs || job.top_logprobs > 0 {
+            true => {
+                let (own, top) = log_probs(logits, token, job.top_logprobs);
+                (Some(own), top)
+            }
+            false => (None, Vec::new()),
+        };
+        Self {
+            logprob,
+            top,
+            logits: job.want_logits.then(|| logits.to_vec()),
+        }
+    }
+}
+
+/// Draws the next token of `seq`, with those after it about which its constraint leaves no choice, and says whether it ends there.
+fn accept(
+    seq: &mut Seq,
+    tokenizer: &Tokenizer,
+    logits: &[f32],
+    masked: &mut Vec<f32>,
+    events: &mut Vec<Event>,
+) -> Option<Done> {
+    let Some(constraint) = &mut seq.job.constraint else {
+        let token = seq.sampler.draw(logits, &seq.tokens);
+        let is_end = tokenizer.is_end(token) && !seq.job.ignore_eos;
+        let report = Report::of(&seq.job, token, logits);
+        return push(seq, token, is_end, report, tokenizer, events);
+    };
+    let token = match seq.forced.pop_front() {
+        Some(token) => {
+            seq.sampler.skip();
+            token
+        }
+        None => {
+            masked.clear();
+            masked.extend_from_slice(logits);
+            if let Err(_failed) = constraint.0.mask(masked) {
+                return Some(Done::Failed);
+            }
+            let token = seq.sampler.draw(masked, &seq.tokens);
+            if !tokenizer.is_end(token) {
+                if let Err(_failed) = constraint.0.commit(token) {
+                    return Some(Done::Failed);
+                }
+                seq.forced.extend(constraint.0.forced());
+            }
+            token
+        }
+    };
+    let report = Report::of(&seq.job, token, logits);
+    let mut done = push(seq, token, tokenizer.is_end(token), report, tokenizer, events);
+    // Forced tokens are computed together, unless their logits are to be told.
+    let tells = seq.job.want_logprobs || seq.job.top_logprobs > 0 || seq.job.want_logits;
+    while done.is_none()
+        && !tells
+        && let Some(token) = seq.forced.pop_front()
+    {
+        seq.sampler.skip();
+        done = push(seq, token, false, Report::default(), tokenizer, events);
+    }
+    let complete = seq.forced.is_empty() && seq.job.constraint.as_ref().is_some_and(|c| c.0.is_done());
+    done.or_else(|| complete.then_some(Done::EndToken))
+}
+
+/// Appends `token` to `seq`, tells of it, and says whether the sequence ends there.
+fn push(
+    seq: &mut Seq,
+    token: u32,
+    is_end: bool,
+    report: Report,
+    tokenizer: &Tokenizer,
+    events: &mut Vec<Event>,
+) -> Option<Done> {
     seq.tokens.push(token);
     let generated = seq.tokens.len() - seq.prompt;
-    let is_end = tokenizer.is_end(token) && !seq.job.ignore_eos;
     let piece = if is_end {
         None
     } else {
@@ -603,20 +688,13 @@ fn accept(seq: &mut Seq, tokenizer: &Tokenizer, logits: &[f32], events: &mut Vec
         Stopped::Go(text) => (text, false),
         Stopped::Stop(text) => (text, true),
     };
-    let (logprob, top) = match seq.job.want_logprobs || seq.job.top_logprobs > 0 {
-        true => {
-            let (own, top) = log_probs(logits, token, seq.job.top_logprobs);
-            (Some(own), top)
-        }
-        false => (None, Vec::new()),
-    };
     events.push(Event::Token {
         id: seq.id,
         token,
-        logprob,
-        top,
+        logprob: report.logprob,
+        top: report.top,
         text,
-        logits: seq.job.want_logits.then(|| logits.to_vec()),
+        logits: report.logits,
     });
     if is_end {
         Some(Done::EndToken)

@@ -1,5 +1,6 @@
 //! A request, checked: having a [`Job`] proves that it can run on the model it was made for.
 
+use crate::constraint::BoxedConstraint;
 use crate::sampler::{RawSampling, Sampling, SamplingError};
 
 /// Alternatives that a request may ask for beside each token.
@@ -34,6 +35,8 @@ pub struct RawJob {
     pub priority: i32,
     /// Hand out the raw logits of every drawn token.
     pub want_logits: bool,
+    /// What the answer must follow.
+    pub constraint: Option<BoxedConstraint>,
 }
 
 /// Why a request cannot run.
@@ -103,6 +106,7 @@ pub struct Job {
     pub(crate) tenant: u64,
     pub(crate) priority: i32,
     pub(crate) want_logits: bool,
+    pub(crate) constraint: Option<BoxedConstraint>,
 }
 
 impl Job {
@@ -144,6 +148,7 @@ impl Job {
             tenant: raw.tenant,
             priority: raw.priority,
             want_logits: raw.want_logits,
+            constraint: raw.constraint,
         })
     }
 }

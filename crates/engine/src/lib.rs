@@ -2,6 +2,7 @@
 //!
 //! The engine never blocks and owns no thread: [`Engine::step`] runs one batch and reports what happened through events.
 
+mod constraint;
 mod engine;
 mod job;
 mod sampler;
@@ -9,6 +10,7 @@ mod schedule;
 mod session;
 mod stop;
 
+pub use constraint::{BoxedConstraint, Constraint, ConstraintFailed};
 pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
 pub use job::{Job, JobError, MAX_TOP_LOGPROBS, RawJob};
 pub use sampler::{RawSampling, Sampler, Sampling, SamplingError, argmax, log_softmax_at};

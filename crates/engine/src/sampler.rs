@@ -165,6 +165,13 @@ impl Sampler {
         }
     }
 
+    /// Passes over the random number of a token that was not drawn, so that later ones do not depend on who chose it.
+    pub fn skip(&mut self) {
+        if self.settings.temperature != 0.0 {
+            self.rng.next_u64();
+        }
+    }
+
     fn choose(&mut self, logits: &[f32], history: &[u32]) -> u32 {
         let s = &self.settings;
         let c = &mut self.candidates;
