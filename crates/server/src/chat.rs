@@ -16,7 +16,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::state::{App, now};
-use crate::tools::{Piece, Splitter};
+use crate::tools::{self, Piece, Splitter, ToolChoice};
 use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
 use crate::worker::{Drawn, Happened};
 
@@ -31,7 +31,6 @@ pub(crate) struct ChatRequest {
     top_logprobs: Option<usize>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
-    response_format: Option<Value>,
     #[serde(flatten)]
     extra: Map<String, Value>,
 }
@@ -163,6 +162,8 @@ struct Form {
     model: String,
     logprobs: bool,
     calls: bool,
+    /// The prompt ends inside a call.
+    opened: bool,
     usage: bool,
 }
 
@@ -172,28 +173,25 @@ pub(crate) async fn answer(
     request: ChatRequest,
 ) -> Result<Response, ApiError> {
     let ignored = unknown(&request.extra, app.strict)?;
-    if let Some(format) = &request.response_format
-        && format.get("type").and_then(Value::as_str) != Some("text")
-    {
-        return Err(ApiError::param(
-            "response_format",
-            "only `{\"type\": \"text\"}` is supported by this version",
-        ));
-    }
     let messages = plain(request.messages)?;
-    let wants_calls = match request.tool_choice.as_ref() {
-        None => true,
-        Some(Value::String(s)) if s == "auto" => true,
-        Some(Value::String(s)) if s == "none" => false,
-        Some(_) => {
+    let choice = ToolChoice::read(request.tool_choice.as_ref())?;
+    let tools = request
+        .tools
+        .filter(|t| choice != ToolChoice::None && !t.is_empty());
+    let mut text = prompt(&app, &messages, tools.as_deref())?;
+    let mut grammar = request.knobs.grammar()?;
+    let forced = choice.grammar(tools.as_deref())?;
+    if forced.is_some() {
+        if grammar.is_some() {
             return Err(ApiError::param(
                 "tool_choice",
-                "only `auto` and `none` are supported by this version",
+                "a forced call and a `response_format` exclude each other",
             ));
         }
-    };
-    let tools = request.tools.filter(|t| wants_calls && !t.is_empty());
-    let text = prompt(&app, &messages, tools.as_deref())?;
+        // The call is opened for the model, which then has to finish it.
+        text.push_str(tools::OPENING);
+        grammar.clone_from(&forced);
+    }
     let tokens = app.tokenizer().encode_prompt(&text);
     let reports = Reports {
         logprobs: request.logprobs.unwrap_or(false),
@@ -207,7 +205,7 @@ pub(crate) async fn answer(
     let max_tokens = request.max_completion_tokens.or(request.knobs.max_tokens);
     let running = request
         .knobs
-        .start(&app, &tenant, vec![tokens], n, max_tokens, reports)
+        .start(&app, &tenant, vec![tokens], n, max_tokens, reports, grammar)
         .await?;
     let form = Form {
         id: app.id("chatcmpl"),
@@ -215,6 +213,7 @@ pub(crate) async fn answer(
         model: app.name().to_string(),
         logprobs: reports.logprobs,
         calls: tools.is_some(),
+        opened: forced.is_some(),
         usage: request.knobs.wants_usage(),
     };
     let mut response = match request.knobs.streams() {
@@ -231,7 +230,7 @@ pub(crate) async fn answer(
 fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
     let choice = |(index, answer): (usize, &Answer)| {
         let (text, calls) = match form.calls {
-            true => parts(app, &answer.text),
+            true => parts(app, &answer.text, form.opened),
             false => (answer.text.clone(), Vec::new()),
         };
         let mut message = json!({"role": "assistant", "content": text});
@@ -266,8 +265,8 @@ fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
     })
 }
 
-fn parts(app: &App, text: &str) -> (String, Vec<Value>) {
-    let mut splitter = Splitter::default();
+fn parts(app: &App, text: &str, opened: bool) -> (String, Vec<Value>) {
+    let mut splitter = Splitter::new(opened);
     let pieces = splitter.push(text).into_iter().chain(splitter.finish());
     let (mut plain, mut calls) = (String::new(), Vec::new());
     for piece in pieces {
@@ -280,7 +279,6 @@ fn parts(app: &App, text: &str) -> (String, Vec<Value>) {
 }
 
 /// What one choice has streamed so far.
-#[derive(Default)]
 struct Choice {
     splitter: Splitter,
     calls: usize,
@@ -305,7 +303,12 @@ fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response
         };
         // The client is gone when nobody receives: the generation is dropped with this task and cancelled.
         let send = |value: &Value| out.send(Ok(Event::default().data(value.to_string()))).is_ok();
-        let mut choices: Vec<Choice> = (0..n).map(|_| Choice::default()).collect();
+        let mut choices: Vec<Choice> = (0..n)
+            .map(|_| Choice {
+                splitter: Splitter::new(form.opened),
+                calls: 0,
+            })
+            .collect();
         for index in 0..n {
             if !send(&chunk(
                 index,

@@ -187,6 +187,7 @@ pub(crate) async fn answer(
     let max_tokens = request.knobs.max_tokens.unwrap_or(DEFAULT_TOKENS);
     // `echo` with `max_tokens: 0` scores the prompt; one token is drawn and not shown.
     let only_score = form.echo && max_tokens == 0;
+    let grammar = request.knobs.grammar()?;
     let running = request
         .knobs
         .start(
@@ -196,6 +197,7 @@ pub(crate) async fn answer(
             best_of,
             Some(max_tokens.max(usize::from(only_score))),
             reports,
+            grammar,
         )
         .await?;
     let mut response = match streams {

@@ -104,6 +104,7 @@ impl Server {
             started: state::now(),
             next_id: AtomicU64::new(0),
             boot: rand::random(),
+            vocabulary: Arc::default(),
         });
         Ok(Self { app, config })
     }

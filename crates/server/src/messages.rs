@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
+use antefix_constrain::Grammar;
 use antefix_engine::{Done, Usage};
 use antefix_models::template::Message;
 use axum::Json;
@@ -16,7 +17,7 @@ use crate::auth::Tenant;
 use crate::chat;
 use crate::error::ApiError;
 use crate::state::App;
-use crate::tools::{Call, Piece, Splitter};
+use crate::tools::{self, Call, Piece, Splitter, ToolChoice};
 use crate::wish::{Knobs, OneOrMany, Reports, Running, failed, unknown};
 use crate::worker::Happened;
 
@@ -75,6 +76,8 @@ struct Prepared {
     tools: Option<Vec<Value>>,
     /// Messages up to and with the last mark.
     marked: Option<usize>,
+    /// What a call that has to be made must follow.
+    forced: Option<Grammar>,
 }
 
 fn is_marked(block: &Value) -> bool {
@@ -179,20 +182,8 @@ fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>
             marked = Some(messages.len());
         }
     }
-    let wants = match request
-        .tool_choice
-        .as_ref()
-        .map(|c| c.get("type").and_then(Value::as_str))
-    {
-        None | Some(Some("auto")) => true,
-        Some(Some("none")) => false,
-        Some(_) => {
-            return Err(ApiError::param(
-                "tool_choice",
-                "only `auto` and `none` are supported by this version",
-            ));
-        }
-    };
+    let choice = ToolChoice::read_anthropic(request.tool_choice.as_ref())?;
+    let wants = choice != ToolChoice::None;
     let tools = request.tools.filter(|t| wants && !t.is_empty()).map(|tools| {
         if marked.is_none() && tools.iter().any(|t| t.cache_control.is_some()) {
             marked = Some(0);
@@ -204,11 +195,14 @@ fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>
         };
         tools.into_iter().map(open).collect()
     });
+    let tools: Option<Vec<Value>> = tools;
+    let forced = choice.grammar(tools.as_deref())?;
     Ok((
         Prepared {
             messages,
             tools,
             marked,
+            forced,
         },
         ignored,
     ))
@@ -282,7 +276,11 @@ pub(crate) async fn answer(
         ..Knobs::default()
     };
     let (prepared, ignored) = prepare(request.asked, app.strict)?;
-    let text = chat::prompt(&app, &prepared.messages, prepared.tools.as_deref())?;
+    let mut text = chat::prompt(&app, &prepared.messages, prepared.tools.as_deref())?;
+    let opened = prepared.forced.is_some();
+    if opened {
+        text.push_str(tools::OPENING);
+    }
     let tokens = app.tokenizer().encode_prompt(&text);
     let marked = marked_tokens(&app, &prepared, &tokens)?;
     let prompt_tokens = tokens.len();
@@ -294,9 +292,10 @@ pub(crate) async fn answer(
             1,
             Some(request.max_tokens),
             Reports::default(),
+            prepared.forced.clone(),
         )
         .await?;
-    let calls = prepared.tools.is_some();
+    let calls = prepared.tools.is_some().then_some(opened);
     let mut response = match streams {
         true => stream(app, running, calls, marked, prompt_tokens),
         false => whole(&app, running, calls, marked).await?,
@@ -305,18 +304,23 @@ pub(crate) async fn answer(
     Ok(response)
 }
 
-async fn whole(app: &App, running: Running, calls: bool, marked: usize) -> Result<Response, ApiError> {
+async fn whole(
+    app: &App,
+    running: Running,
+    calls: Option<bool>,
+    marked: usize,
+) -> Result<Response, ApiError> {
     let answers = running.gather().await?;
     let Some(answer) = answers.into_iter().next() else {
         return Err(failed());
     };
     let pieces = match calls {
-        true => {
-            let mut splitter = Splitter::default();
+        Some(opened) => {
+            let mut splitter = Splitter::new(opened);
             let pieces = splitter.push(&answer.text);
             pieces.into_iter().chain(splitter.finish()).collect()
         }
-        false => vec![Piece::Text(answer.text.clone())],
+        None => vec![Piece::Text(answer.text.clone())],
     };
     let mut content: Vec<Value> = Vec::new();
     let mut called = false;
@@ -398,7 +402,13 @@ impl Blocks {
     }
 }
 
-fn stream(app: Arc<App>, mut running: Running, calls: bool, marked: usize, prompt_tokens: usize) -> Response {
+fn stream(
+    app: Arc<App>,
+    mut running: Running,
+    calls: Option<bool>,
+    marked: usize,
+    prompt_tokens: usize,
+) -> Response {
     let (out, lines) = tokio::sync::mpsc::unbounded_channel::<Result<Event, Infallible>>();
     tokio::spawn(async move {
         let send = |value: &Value| {
@@ -419,7 +429,7 @@ fn stream(app: Arc<App>, mut running: Running, calls: bool, marked: usize, promp
             text_open: false,
             called: false,
         };
-        let mut splitter = Splitter::default();
+        let mut splitter = Splitter::new(calls == Some(true));
         loop {
             let happened = tokio::select! {
                 () = out.closed() => return,
@@ -436,8 +446,8 @@ fn stream(app: Arc<App>, mut running: Running, calls: bool, marked: usize, promp
                 return;
             }
             let mut pieces = match calls {
-                true => splitter.push(&text),
-                false => vec![Piece::Text(text)],
+                Some(_) => splitter.push(&text),
+                None => vec![Piece::Text(text)],
             };
             if end.is_some() {
                 pieces.extend(splitter.finish());

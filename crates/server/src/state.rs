@@ -1,9 +1,11 @@
 //! What all handlers share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use antefix_constrain::{Grammar, GrammarError, Vocabulary};
+use antefix_engine::BoxedConstraint;
 use antefix_models::decoder::Model;
 use antefix_models::template::ChatTemplate;
 use antefix_models::tokenizer::Tokenizer;
@@ -26,6 +28,7 @@ pub(crate) struct App {
     pub(crate) started: u64,
     pub(crate) next_id: AtomicU64,
     pub(crate) boot: u64,
+    pub(crate) vocabulary: Arc<OnceLock<Result<Vocabulary, GrammarError>>>,
 }
 
 /// A request that is being answered; the drain waits for it.
@@ -64,6 +67,22 @@ impl App {
                 ))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// A constraint at its start. The vocabulary is prepared on first use, and nothing of it holds other requests up.
+    pub(crate) async fn constrain(&self, grammar: Grammar) -> Result<BoxedConstraint, ApiError> {
+        let (tokenizer, vocabulary) = (Arc::clone(self.tokenizer()), Arc::clone(&self.vocabulary));
+        let made = tokio::task::spawn_blocking(move || {
+            let vocabulary = vocabulary.get_or_init(|| Vocabulary::new(&tokenizer));
+            match vocabulary {
+                Ok(vocabulary) => vocabulary.constrain(&grammar),
+                Err(error) => Err(error.clone()),
+            }
+        });
+        match made.await {
+            Ok(made) => made.map_err(|e| ApiError::param("response_format", e.to_string())),
+            Err(_) => Err(ApiError::param("response_format", "the grammar cannot be used")),
         }
     }
 

@@ -1,9 +1,128 @@
 //! Tool calls in a model's answer: `<tool_call>{"name": .., "arguments": ..}</tool_call>`, as Qwen, SmolLM2 and Hermes write them.
 
+use antefix_constrain::Grammar;
 use serde_json::{Value, json};
+
+use crate::error::ApiError;
 
 const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
+
+/// Ends the prompt of an answer that has to be a call.
+pub(crate) const OPENING: &str = "<tool_call>\n";
+
+/// Which calls an answer may or must make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ToolChoice {
+    Auto,
+    None,
+    Required,
+    Named(String),
+}
+
+impl ToolChoice {
+    /// OpenAI's `tool_choice`.
+    pub(crate) fn read(value: Option<&Value>) -> Result<Self, ApiError> {
+        let name = match value {
+            None | Some(Value::Null) => return Ok(Self::Auto),
+            Some(Value::String(s)) => match s.as_str() {
+                "auto" => return Ok(Self::Auto),
+                "none" => return Ok(Self::None),
+                "required" => return Ok(Self::Required),
+                _ => None,
+            },
+            Some(value) => value.pointer("/function/name").or_else(|| value.get("name")),
+        };
+        name.and_then(Value::as_str)
+            .map(|name| Self::Named(name.to_string()))
+            .ok_or_else(|| ApiError::param("tool_choice", "it is auto, none, required or names a function"))
+    }
+
+    /// Anthropic's.
+    pub(crate) fn read_anthropic(value: Option<&Value>) -> Result<Self, ApiError> {
+        let field = |name: &str| value.and_then(|v| v.get(name)).and_then(Value::as_str);
+        match (value, field("type"), field("name")) {
+            (None | Some(Value::Null), ..) | (_, Some("auto"), _) => Ok(Self::Auto),
+            (_, Some("none"), _) => Ok(Self::None),
+            (_, Some("any"), _) => Ok(Self::Required),
+            (_, Some("tool"), Some(name)) => Ok(Self::Named(name.to_string())),
+            _ => Err(ApiError::param(
+                "tool_choice",
+                "its type is auto, any, tool or none",
+            )),
+        }
+    }
+
+    /// What a call that must be made follows: JSON with the name of a tool and arguments that its schema accepts.
+    pub(crate) fn grammar(&self, tools: Option<&[Value]>) -> Result<Option<Grammar>, ApiError> {
+        let wanted = match self {
+            Self::Auto | Self::None => return Ok(None),
+            Self::Required => None,
+            Self::Named(name) => Some(name.as_str()),
+        };
+        let calls: Vec<Value> = tools
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|tool| {
+                let name = tool.pointer("/function/name")?.as_str()?;
+                if wanted.is_some_and(|w| w != name) {
+                    return None;
+                }
+                let any = json!({"type": "object"});
+                let arguments = tool
+                    .pointer("/function/parameters")
+                    .filter(|p| p.is_object())
+                    .cloned();
+                Some(json!({
+                    "type": "object",
+                    "properties": {"name": {"const": name}, "arguments": arguments.unwrap_or(any)},
+                    "required": ["name", "arguments"],
+                    "additionalProperties": false,
+                }))
+            })
+            .collect();
+        if calls.is_empty() {
+            return Err(ApiError::param(
+                "tool_choice",
+                "it forces a call of a tool that is not in `tools`",
+            ));
+        }
+        let mut schema = match calls.len() {
+            1 => calls[0].clone(),
+            _ => json!({"anyOf": calls}),
+        };
+        // References start at the root: definitions move there.
+        for name in ["$defs", "definitions"] {
+            let mut all = serde_json::Map::new();
+            let parameters = |call: &Value| {
+                call.pointer("/properties/arguments")
+                    .and_then(|p| p.get(name))
+                    .cloned()
+            };
+            for (key, definition) in calls
+                .iter()
+                .filter_map(parameters)
+                .filter_map(|d| match d {
+                    Value::Object(map) => Some(map),
+                    _ => None,
+                })
+                .flatten()
+            {
+                if all.get(&key).is_some_and(|other| *other != definition) {
+                    return Err(ApiError::param(
+                        "tools",
+                        format!("two tools define `{key}` differently"),
+                    ));
+                }
+                all.insert(key, definition);
+            }
+            if !all.is_empty() {
+                schema[name] = Value::Object(all);
+            }
+        }
+        Ok(Some(Grammar::JsonSchema(schema)))
+    }
+}
 
 /// A call that the model made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +167,14 @@ pub(crate) struct Splitter {
 }
 
 impl Splitter {
+    /// `opened`: the prompt has already opened a call.
+    pub(crate) fn new(opened: bool) -> Self {
+        Self {
+            held: String::new(),
+            inside: opened,
+        }
+    }
+
     pub(crate) fn push(&mut self, text: &str) -> Vec<Piece> {
         self.held.push_str(text);
         let mut pieces = Vec::new();

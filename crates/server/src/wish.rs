@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use antefix_constrain::Grammar;
 use antefix_engine::{Done, PromptLogprob, RawJob, RawSampling, Usage};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -64,6 +65,12 @@ pub(crate) struct Knobs {
     pub(crate) priority: Option<i32>,
     /// How attention is computed; see `/v1/methods`.
     pub(crate) method: Option<String>,
+    /// OpenAI's `response_format`, and vLLM's names for what it cannot say.
+    pub(crate) response_format: Option<Value>,
+    pub(crate) guided_json: Option<Value>,
+    pub(crate) guided_regex: Option<String>,
+    pub(crate) guided_choice: Option<Vec<String>>,
+    pub(crate) guided_grammar: Option<String>,
 }
 
 /// Fields that change nothing here: accepted without a word.
@@ -114,6 +121,50 @@ impl Knobs {
         self.stream_options.is_some_and(|o| o.include_usage)
     }
 
+    /// What the answer must follow.
+    ///
+    /// # Errors
+    /// When two things are asked for, or a `response_format` that there is not.
+    pub(crate) fn grammar(&self) -> Result<Option<Grammar>, ApiError> {
+        let mut asked = Vec::new();
+        if let Some(format) = &self.response_format {
+            match format.get("type").and_then(Value::as_str) {
+                Some("text") => {}
+                Some("json_object") => asked.push(Grammar::JsonObject),
+                Some("json_schema") => {
+                    // The Responses API has the schema one level higher.
+                    let schema = format
+                        .pointer("/json_schema/schema")
+                        .or_else(|| format.get("schema"));
+                    let schema = schema.ok_or_else(|| {
+                        ApiError::param("response_format", "`json_schema.schema` is missing")
+                    })?;
+                    asked.push(Grammar::JsonSchema(schema.clone()));
+                }
+                other => {
+                    return Err(ApiError::param(
+                        "response_format",
+                        format!(
+                            "there is no type `{}`\nhint: text, json_object or json_schema",
+                            other.unwrap_or("?")
+                        ),
+                    ));
+                }
+            }
+        }
+        asked.extend(self.guided_json.clone().map(Grammar::JsonSchema));
+        asked.extend(self.guided_regex.clone().map(Grammar::Regex));
+        asked.extend(self.guided_choice.clone().map(Grammar::Choice));
+        asked.extend(self.guided_grammar.clone().map(Grammar::Lark));
+        match asked.len() {
+            0 | 1 => Ok(asked.pop()),
+            _ => Err(ApiError::param(
+                "response_format",
+                "an answer can follow one grammar only",
+            )),
+        }
+    }
+
     fn sampling(&self) -> Result<RawSampling, ApiError> {
         let d = RawSampling::default();
         let mut logit_bias = Vec::new();
@@ -149,6 +200,7 @@ impl Knobs {
         count: usize,
         max_tokens: Option<usize>,
         reports: Reports,
+        grammar: Option<Grammar>,
     ) -> Result<Running, ApiError> {
         app.check_model(self.model.as_deref())?;
         if let Some(method) = &self.method
@@ -185,8 +237,12 @@ impl Knobs {
                 .min(app.context.saturating_sub(prompt.len()))
         };
         let tokens: usize = prompts.iter().map(|p| p.len() + room(p) * count).sum();
-        let turn = tenant.enter(tokens)?;
         let sampling = self.sampling()?;
+        let turn = tenant.enter(tokens)?;
+        let constraint = match grammar {
+            Some(grammar) => Some(app.constrain(grammar).await?),
+            None => None,
+        };
         let mut jobs = Vec::with_capacity(sequences);
         for tokens in prompts {
             for i in 0..count {
@@ -205,6 +261,7 @@ impl Knobs {
                     want_logprobs: reports.logprobs,
                     top_logprobs: reports.top,
                     prompt_logprobs: reports.prompt,
+                    constraint: constraint.clone(),
                     ..RawJob::default()
                 });
             }

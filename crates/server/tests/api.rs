@@ -160,6 +160,111 @@ async fn echo_scores_the_prompt_as_the_answer_would_be() {
 }
 
 #[tokio::test]
+async fn structured_answers_validate_whoever_looks_at_them() {
+    let app = app();
+    let schema = json!({
+        "type": "object", "required": ["colour", "list"], "additionalProperties": false,
+        "properties": {"colour": {"enum": ["red", "green"]}, "list": {"type": "array", "items": {"type": "integer", "maximum": 99,
+        "minimum": 10}, "minItems": 2, "maxItems": 3}},
+    });
+    let ask = json!({
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "temperature": 1, "seed": 4, "n": 4,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": true}},
+    });
+    let chat = "/v1/chat/completions";
+    let whole = ok(&app, chat, ask.clone()).await;
+    let said = |v: &Value| -> Vec<String> {
+        let choices = v["choices"].as_array().unwrap();
+        let text = |c: &Value| c["message"]["content"].as_str().unwrap().to_string();
+        choices.iter().map(text).collect()
+    };
+    for (i, text) in said(&whole).iter().enumerate() {
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        assert!(["red", "green"].contains(&value["colour"].as_str().unwrap()));
+        let list = value["list"].as_array().unwrap();
+        assert!(
+            (2..=3).contains(&list.len()) && list.iter().all(|x| (10..=99).contains(&x.as_i64().unwrap()))
+        );
+        assert_eq!(whole["choices"][i]["finish_reason"], "stop");
+    }
+    // Forced tokens are computed one by one for their log-probabilities: the answer is the same.
+    let mut looked_at = ask.clone();
+    looked_at["logprobs"] = json!(true);
+    let looked_at = ok(&app, chat, looked_at).await;
+    assert_eq!(said(&whole), said(&looked_at));
+    assert_eq!(
+        whole["usage"]["completion_tokens"],
+        looked_at["usage"]["completion_tokens"]
+    );
+    for (bad, word) in [
+        (json!({"type": "xml"}), "xml"),
+        (json!({"type": "json_schema", "json_schema": {}}), "missing"),
+        (
+            json!({"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}),
+            "colour",
+        ),
+        (
+            json!({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}),
+            "not",
+        ),
+    ] {
+        let mut ask = ask.clone();
+        ask["response_format"] = bad;
+        let (status, value) = call(&app, post(chat, &ask)).await;
+        assert_eq!(status.as_u16(), 400, "{value}");
+        assert!(
+            value["error"]["message"].as_str().unwrap().contains(word),
+            "{value}"
+        );
+        assert_eq!(value["error"]["param"], "response_format");
+    }
+    let guided = json!({"prompt": "x", "max_tokens": 20, "guided_choice": ["one", "two"], "seed": 1});
+    let guided = ok(&app, "/v1/completions", guided).await;
+    assert!(["one", "two"].contains(&guided["choices"][0]["text"].as_str().unwrap()));
+}
+
+#[tokio::test]
+async fn forced_calls_are_made() {
+    let app = app();
+    let tool = |name: &str| {
+        json!({"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "required": ["x"], "additionalProperties": false,
+            "properties": {"x": {"$ref": "#/$defs/digit"}}, "$defs": {"digit": {"enum": [1, 2, 3]}},
+        }}})
+    };
+    let mut ask = json!({
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "seed": 2, "tools": [tool("f"), tool("g")],
+        "tool_choice": "required",
+    });
+    let chat = "/v1/chat/completions";
+    let made = ok(&app, chat, ask.clone()).await;
+    assert_eq!(made["choices"][0]["finish_reason"], "tool_calls");
+    let call_ = &made["choices"][0]["message"]["tool_calls"][0]["function"];
+    assert!(["f", "g"].contains(&call_["name"].as_str().unwrap()));
+    let arguments: Value = serde_json::from_str(call_["arguments"].as_str().unwrap()).unwrap();
+    assert!((1..=3).contains(&arguments["x"].as_i64().unwrap()));
+    ask["tool_choice"] = json!({"type": "function", "function": {"name": "g"}});
+    ask["stream"] = json!(true);
+    let chunks = events(&app, chat, ask.clone(), true).await;
+    let streamed = chunks
+        .iter()
+        .find_map(|c| c.pointer("/choices/0/delta/tool_calls/0"))
+        .unwrap();
+    assert_eq!(streamed["function"]["name"], "g");
+    ask["tool_choice"] = json!({"type": "function", "function": {"name": "h"}});
+    assert_eq!(call(&app, post(chat, &ask)).await.0, 400);
+
+    let ask = json!({
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "tool_choice": {"type": "any"},
+        "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}, "additionalProperties": false}}],
+    });
+    let made = ok(&app, "/v1/messages", ask).await;
+    assert_eq!(made["stop_reason"], "tool_use");
+    assert_eq!(made["content"][0]["name"], "f");
+    assert_eq!(made["content"][0]["input"], json!({}));
+}
+
+#[tokio::test]
 async fn best_of_keeps_the_likeliest() {
     let app = app();
     let ask =

@@ -30,7 +30,7 @@ use tower::ServiceExt;
 
 const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]";
 
-pub fn server_with(change: impl FnOnce(&mut Config)) -> Server {
+pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
     let gguf = Gguf::parse(tiny_gguf(Arch::Llama, 11)).unwrap();
     let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).unwrap());
     let files = ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).unwrap();
@@ -54,18 +54,18 @@ pub fn server_with(change: impl FnOnce(&mut Config)) -> Server {
     Server::start(&model, &tokenizer, Some(template), config).unwrap()
 }
 
-pub fn post(path: &str, body: &Value) -> Request<Body> {
+pub(crate) fn post(path: &str, body: &Value) -> Request<Body> {
     Request::post(path)
         .header("content-type", "application/json")
         .body(Body::from(body.to_string()))
         .unwrap()
 }
 
-pub async fn text(response: Response<Body>) -> String {
+pub(crate) async fn text(response: Response<Body>) -> String {
     String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
 }
 
-pub async fn call(app: &Router, request: Request<Body>) -> (StatusCode, Value) {
+pub(crate) async fn call(app: &Router, request: Request<Body>) -> (StatusCode, Value) {
     let response = app.clone().oneshot(request).await.unwrap();
     let status = response.status();
     let text = text(response).await;
