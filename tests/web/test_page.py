@@ -92,6 +92,16 @@ class Page:
         assert not self.foreign, f"requests to others: {self.foreign}"
 
 
+def shot(p, name):
+    """Writes a picture for the documentation, small enough for a repository."""
+    path = Path(SCREENSHOTS) / f"{name}.png"
+    if name != "phone":
+        p.page.set_viewport_size({"width": 1040, "height": 660})
+        p.page.wait_for_timeout(1500)
+    p.page.screenshot(path=path)
+    assert path.stat().st_size <= 150_000, f"{path} has {path.stat().st_size} bytes"
+
+
 def test_send_and_stream(p, **_):
     p.limit(24)
     p.page.evaluate("""() => {
@@ -186,7 +196,7 @@ def test_fork_shows_branches_and_shares_the_prefix(p, **_):
     expect(p.page.locator("#branches .branch")).to_have_count(2)
     cached = int(re.search(r"([\d,]+) cached", p.answers().last.locator(".figures").inner_text())[1].replace(",", ""))
     assert cached >= 32, f"{cached} tokens came from the cache"
-    p.page.locator("#branches").get_by_role("button", name="Left branch").click()
+    p.page.locator("#branches").get_by_role("button", name="Q Left branch").click()
     expect(p.page.locator(".message.user .text")).to_have_text(["First question", "Left branch"])
     p.page.reload()
     expect(p.page.locator(".message.user .text")).to_have_text(["First question", "Left branch"])
@@ -354,15 +364,15 @@ def test_dark_and_light(p, browser, base, **_):
 def test_phone_width(p, **_):
     p.page.set_viewport_size({"width": 360, "height": 720})
     p.page.get_by_role("button", name="Settings").click()
-    expect(p.page.get_by_label("Max tokens")).to_be_visible()
+    p.limit(120)
     assert p.wide() <= 0, p.wide()
     p.page.keyboard.press("Escape")
     expect(p.page.get_by_label("Max tokens")).to_be_hidden()
-    p.ask("A" * 300 + " show me code and a table")
-    assert p.wide() <= 0, p.wide()
+    p.ask("Explain a prefix tree, with code and a table.")
     if SCREENSHOTS:
-        p.page.evaluate("document.querySelector('#messages').scrollTop = 1e9")
-        p.page.screenshot(path=f"{SCREENSHOTS}/phone.png")
+        shot(p, "phone")
+    p.ask("A" * 300, 2)
+    assert p.wide() <= 0, p.wide()
     p.page.get_by_role("button", name="Chats").click()
     expect(p.page.get_by_role("button", name="New", exact=True)).to_be_visible()
     assert p.wide() <= 0, p.wide()
@@ -394,7 +404,7 @@ def test_live_view(p, browser, base, server):
         assert painted > 3, f"{plot} is empty"
     if SCREENSHOTS:
         time.sleep(3)
-        p.page.screenshot(path=f"{SCREENSHOTS}/tree.png")
+        shot(p, "tree")
     for each in others:
         each.page.keyboard.press("Escape")
         each.done(1)
@@ -468,13 +478,13 @@ def test_screenshot_of_chat(p, **_):
     if not SCREENSHOTS:
         return "SCREENSHOTS is not set"
     p.page.get_by_label("System prompt").fill("You are a patient assistant who explains with short examples.")
-    p.limit(160)
+    p.limit(90)
     p.ask("How does a prefix tree save memory?", 1)
     p.ask("Show it in Rust.", 2)
     p.answers().first.get_by_role("button", name="Fork").click()
     p.ask("And what does a fork cost?", 2)
     p.page.evaluate("document.querySelector('#messages').scrollTop = 1e9")
-    p.page.screenshot(path=f"{SCREENSHOTS}/chat.png")
+    shot(p, "chat")
     return None
 
 
@@ -488,7 +498,7 @@ def main():
     failed = 0
     with sync_playwright() as playwright:
         # Chromium's sandbox does not start as root, as CI containers run it; the page under test is our own.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-lcd-text", *(["--no-sandbox"] if os.geteuid() == 0 else [])])
         for name, test in tests:
             p = None
             try:

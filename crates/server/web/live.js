@@ -126,7 +126,7 @@ function row(node, longest) {
   if (node.requests.length > 6) chips.push(h("span", { class: "chip" }, `+${node.requests.length - 6}`));
   return h("div", { class: node.requests.length ? "node active" : "node" },
     bar,
-    h("span", { class: "tokens" }, `${count(node.tokens)} tokens`),
+    h("span", { class: "tokens" }, node.tokens === 1 ? "1 token" : `${count(node.tokens)} tokens`),
     h("span", { class: "size" }, bytes(node.bytes)),
     h("span", { class: `tier ${node.tier === "disk" ? "disk" : "ram"}` }, node.tier),
     h("span", { class: "sample", title: node.text }, node.text.replace(/\s+/g, " ").trim() || "…"),
@@ -148,7 +148,7 @@ function makePlots() {
     ...size($(id)),
     scales: { x: { time: false }, y: { range: (u, lo, hi) => [0, hi > 0 ? hi * 1.1 : 1] } },
     axes: [{ ...axis, size: 30, values: (u, list) => list.map(x) }, axis],
-    series: [{ label: "at", value: (u, v) => (v === null ? "–" : x(v)) }, ...series],
+    series: [{ label: id === "plot-speed" || id === "plot-latency" ? "time" : "step", value: (u, v) => (v === null ? "–" : x(v)) }, ...series],
     cursor: { drag: { x: false, y: false }, points: { show: !bars } },
     legend: { live: true },
   }, [[], ...series.map(() => [])], $(id));
@@ -162,7 +162,7 @@ function makePlots() {
       line("decode rows", "--series-2", { fill: colour("--series-2"), width: 0, paths: bar }),
     ] }),
     make("plot-speed", { x: ago, series: [line("prompt", "--series-1"), line("decode", "--series-2")] }),
-    make("plot-steps", { x: (n) => `${n}`, series: [line("step", "--series-3")] }),
+    make("plot-steps", { x: (n) => `${n}`, series: [line("duration", "--series-3")] }),
     make("plot-latency", { x: ago, series: [
       line("first p50", "--series-1"), line("first p99", "--series-1", { dash: [4, 3] }),
       line("between p50", "--series-2"), line("between p99", "--series-2", { dash: [4, 3] }),

@@ -31,7 +31,7 @@ function theme(next) {
     document.documentElement.dataset.theme = name;
     localStorage.setItem("antefix.theme", name);
   }
-  $("theme").textContent = `Theme: ${name}`;
+  $("theme-name").textContent = name;
   $("theme").setAttribute("aria-label", `Colour theme: ${name}`);
   live.restyle();
 }
