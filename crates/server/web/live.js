@@ -122,7 +122,7 @@ function row(node, longest) {
   const bar = h("span", { class: "meter", "aria-hidden": "true" }, h("span", {}));
   bar.firstChild.style.width = `${Math.max(2, 100 * node.tokens / longest)}%`;
   const chips = node.requests.slice(0, 6).map((id) =>
-    h("span", { class: `chip ${hue(id)}`, title: id }, own.has(id) ? "this page" : id.slice(-6)));
+    h("span", { class: `chip ${hue(id)}`, title: id }, own.has(id) ? "this page" : id.length <= 8 ? id : id.slice(-6)));
   if (node.requests.length > 6) chips.push(h("span", { class: "chip" }, `+${node.requests.length - 6}`));
   return h("div", { class: node.requests.length ? "node active" : "node" },
     bar,
