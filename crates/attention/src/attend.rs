@@ -171,7 +171,7 @@ pub fn attend(
                     parts: (0, 1),
                 };
             }
-            blocks.push((seq, from, to));
+            blocks.push((seq, from, to, total));
             total += head_stride * heads;
         }
     }
@@ -210,12 +210,11 @@ pub fn attend(
         groups = &groups[end..];
     }
     let tree_tasks = tasks.len();
-    // The tree's last states may belong to no task: rows whose keys end before its last partition.
-    let mut at = partitions * heads * tree_rows;
-    for &(seq, from, to) in &blocks {
+    for &(seq, from, to, start) in &blocks {
         for head in 0..heads {
-            let state = split.take(at..at + (to - from) * group);
-            at += (to - from) * group;
+            let rows = (to - from) * group;
+            let at = start + head * rows;
+            let state = split.take(at..at + rows);
             tasks.push(Mutex::new(Some(Task {
                 head,
                 work: Work::Block { seq, from, to },

@@ -14,7 +14,7 @@ use antefix_models::files::ModelFiles;
 use antefix_models::store::{Progress, Store};
 use antefix_models::template::ChatTemplate;
 use antefix_models::tokenizer::Tokenizer;
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -138,15 +138,25 @@ impl Loaded {
         })
     }
 
+    /// The texts of the begin and end tokens, as templates want them.
+    fn marks(&self) -> (String, String) {
+        let text = |id: Option<u32>| id.map(|id| self.tokenizer.decode(&[id])).unwrap_or_default();
+        (text(self.tokenizer.bos()), text(self.tokenizer.eos()))
+    }
+
     /// The model's chat template, if it has one.
     pub(crate) fn template(&self) -> Result<Option<ChatTemplate>, Failure> {
-        let text = |id: Option<u32>| id.map(|id| self.tokenizer.decode(&[id])).unwrap_or_default();
-        ChatTemplate::open(
-            self.model.files(),
-            &text(self.tokenizer.bos()),
-            &text(self.tokenizer.eos()),
-        )
-        .map_err(Failure::input)
+        let (bos, eos) = self.marks();
+        ChatTemplate::open(self.model.files(), &bos, &eos).map_err(Failure::input)
+    }
+
+    /// A chat template out of a file of its own.
+    pub(crate) fn template_from(&self, path: &Path) -> Result<ChatTemplate, Failure> {
+        let source = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))
+            .map_err(Failure::Input)?;
+        let (bos, eos) = self.marks();
+        ChatTemplate::new(&source, &bos, &eos).map_err(Failure::input)
     }
 
     /// An engine for one conversation of at most `context` tokens; default: what the model was trained for, up to 8,192.

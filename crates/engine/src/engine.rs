@@ -142,12 +142,13 @@ struct Seq {
 }
 
 impl Seq {
-    fn new(id: SeqId, job: Job, kv: SeqKv) -> Self {
+    fn new(id: SeqId, mut job: Job, kv: SeqKv) -> Self {
+        let tokens = std::mem::take(&mut job.tokens);
         Self {
             id,
             kv,
-            tokens: job.tokens.clone(),
-            prompt: job.tokens.len(),
+            prompt: tokens.len(),
+            tokens,
             cached: None,
             sampler: Sampler::new(job.sampling.clone()),
             decoder: StreamDecoder::new(),
@@ -462,7 +463,7 @@ impl Engine {
             let answer = (seq.prompt + seq.job.max_tokens - known).min(FIRST_ANSWER_TOKENS);
             let more = known + answer - cached;
             // Those who run can go on for a while, too: else the newcomer would soon lose its memory to them again.
-            let spare = self.pool.bytes_for(PAGE_ROWS) * self.running.len();
+            let spare = self.pool.shape().block_bytes() * self.running.len();
             let need = self.pool.bytes_for(more + PAGE_ROWS);
             if self.pool.free_bytes() < need + spare {
                 self.radix.evict(&mut self.pool, need + spare);
@@ -532,20 +533,17 @@ impl Engine {
     }
 
     fn prefix_in_flight(&self, seq: &Seq) -> bool {
-        let useful = |n: usize| n / PAGE_ROWS * PAGE_ROWS;
         let known = &seq.tokens[..seq.tokens.len() - 1];
-        self.running.iter().any(|s| {
-            if s.kv.len() >= s.prompt || s.job.no_cache || s.job.salt != seq.job.salt {
-                return false;
-            }
-            let limit = s.prompt.min(known.len());
-            let common = s.tokens[..limit]
-                .iter()
-                .zip(known)
-                .take_while(|(a, b)| a == b)
-                .count();
-            useful(common) > self.radix.matched(known, seq.job.salt)
-        })
+        let computing = self
+            .running
+            .iter()
+            .filter(|s| s.kv.len() < s.prompt && !s.job.no_cache && s.job.salt == seq.job.salt);
+        let in_common = |s: &Seq| {
+            let pairs = s.tokens[..s.prompt].iter().zip(known);
+            pairs.take_while(|(a, b)| a == b).count() / PAGE_ROWS * PAGE_ROWS
+        };
+        let most = computing.map(in_common).max().unwrap_or(0);
+        most > 0 && most > self.radix.matched(known, seq.job.salt)
     }
 
     /// Ends the running sequences that `why` names.

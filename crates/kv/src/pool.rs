@@ -196,7 +196,7 @@ impl Pool {
     pub fn bytes_for(&self, tokens: usize) -> usize {
         tokens
             .div_ceil(PAGE_ROWS)
-            .saturating_mul(self.shape.runs() * self.shape.page_bytes())
+            .saturating_mul(self.shape.block_bytes())
     }
 
     fn used_pages(&self) -> usize {

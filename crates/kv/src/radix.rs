@@ -107,7 +107,7 @@ impl Radix {
             };
             while let Some(node) = &self.nodes[at] {
                 run.tokens.extend_from_slice(&node.block);
-                run.bytes += pool.bytes_for(PAGE_ROWS);
+                run.bytes += pool.shape().block_bytes();
                 run.idle = run.idle.min(node.touched.elapsed());
                 let children = sorted(&node.children);
                 match children[..] {

@@ -1,21 +1,19 @@
 //! `/v1/chat/completions`.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use antefix_engine::Done;
 use antefix_models::template::Message;
 use antefix_models::tokenizer::Tokenizer;
 use axum::Json;
-use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::state::{App, now};
+use crate::stream;
 use crate::tools::{self, Piece, Splitter, ToolChoice};
 use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
 use crate::worker::{Drawn, Happened};
@@ -45,9 +43,10 @@ pub(crate) struct ChatMessage {
     extra: Map<String, Value>,
 }
 
+/// The content of a message: OpenAI calls its pieces parts, Anthropic blocks.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-enum Content {
+pub(crate) enum Content {
     Text(String),
     Parts(Vec<Value>),
 }
@@ -217,7 +216,7 @@ pub(crate) async fn answer(
         usage: request.knobs.wants_usage(),
     };
     let mut response = match request.knobs.streams() {
-        true => stream(app, form, running, n),
+        true => streamed(app, form, running, n),
         false => {
             let answers = running.gather().await?;
             Json(whole(&app, &form, &answers)).into_response()
@@ -284,9 +283,8 @@ struct Choice {
     calls: usize,
 }
 
-fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
-    let (out, lines) = tokio::sync::mpsc::unbounded_channel::<Result<Event, Infallible>>();
-    tokio::spawn(async move {
+fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
+    stream::respond(async move |lines| {
         let chunk = |index: usize, delta: Value, logprobs: Value, reason: Option<&str>| {
             let mut chunk = json!({
                 "id": form.id,
@@ -302,7 +300,7 @@ fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response
             chunk
         };
         // The client is gone when nobody receives: the generation is dropped with this task and cancelled.
-        let send = |value: &Value| out.send(Ok(Event::default().data(value.to_string()))).is_ok();
+        let send = |value: &Value| lines.send(value);
         let mut choices: Vec<Choice> = (0..n)
             .map(|_| Choice {
                 splitter: Splitter::new(form.opened),
@@ -321,12 +319,10 @@ fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response
         }
         let mut usages = vec![antefix_engine::Usage::default(); n];
         loop {
-            let happened = tokio::select! {
-                // A vanished client is noticed even while nothing is drawn.
-                () = out.closed() => return,
-                happened = running.next() => happened,
+            let Ok(next) = lines.next(&mut running).await else {
+                return;
             };
-            let Some((index, happened)) = happened else { break };
+            let Some((index, happened)) = next else { break };
             let choice = &mut choices[index];
             let (text, logprobs, end) = match happened {
                 Happened::Prompt(_) => continue,
@@ -388,9 +384,6 @@ fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response
             last["usage"] = usage_json(total(&usages, n));
             send(&last);
         }
-        let _ = out.send(Ok(Event::default().data("[DONE]"))); // the client may be gone
-    });
-    Sse::new(UnboundedReceiverStream::new(lines))
-        .keep_alive(KeepAlive::default())
-        .into_response()
+        lines.done();
+    })
 }

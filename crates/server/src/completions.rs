@@ -1,20 +1,18 @@
 //! `/v1/completions`: OpenAI's legacy API.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use antefix_engine::{Done, PromptLogprob};
 use axum::Json;
-use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::auth::Tenant;
 use crate::chat::usage_json;
 use crate::error::ApiError;
 use crate::state::{App, now};
+use crate::stream;
 use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
 use crate::worker::{Drawn, Happened};
 
@@ -201,7 +199,7 @@ pub(crate) async fn answer(
         )
         .await?;
     let mut response = match streams {
-        true => stream(app, form, running, n),
+        true => streamed(app, form, running, n),
         false => {
             let answers = running.gather().await?;
             Json(whole(&app, &form, answers, n, best_of, only_score)).into_response()
@@ -254,10 +252,9 @@ fn whole(app: &App, form: &Form, answers: Vec<Answer>, n: usize, best_of: usize,
     form.object(choices, Some(usage_json(spent)))
 }
 
-fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
-    let (out, lines) = tokio::sync::mpsc::unbounded_channel::<Result<Event, Infallible>>();
-    tokio::spawn(async move {
-        let send = |value: &Value| out.send(Ok(Event::default().data(value.to_string()))).is_ok();
+fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
+    stream::respond(async move |lines| {
+        let send = |value: &Value| lines.send(value);
         let sequences = running.generation.open;
         let mut usages = vec![antefix_engine::Usage::default(); sequences];
         let mut offsets = vec![0; sequences];
@@ -273,11 +270,10 @@ fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response
             }
         }
         loop {
-            let happened = tokio::select! {
-                () = out.closed() => return,
-                happened = running.next() => happened,
+            let Ok(next) = lines.next(&mut running).await else {
+                return;
             };
-            let Some((index, happened)) = happened else { break };
+            let Some((index, happened)) = next else { break };
             let sent = match happened {
                 Happened::Prompt(scores) => {
                     let mut lists = Logprobs::new(&app, 0);
@@ -318,9 +314,6 @@ fn stream(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response
         if form.usage {
             send(&form.object(Vec::new(), Some(usage_json(total(&usages, n)))));
         }
-        let _ = out.send(Ok(Event::default().data("[DONE]"))); // the client may be gone
-    });
-    Sse::new(UnboundedReceiverStream::new(lines))
-        .keep_alive(KeepAlive::default())
-        .into_response()
+        lines.done();
+    })
 }

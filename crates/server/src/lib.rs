@@ -11,6 +11,7 @@ mod messages;
 mod meters;
 mod routes;
 mod state;
+mod stream;
 mod tools;
 mod wish;
 mod worker;

@@ -1,35 +1,26 @@
 //! `/v1/messages`: Anthropic's API.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use antefix_constrain::Grammar;
 use antefix_engine::{Done, Usage};
 use antefix_models::template::Message;
 use axum::Json;
-use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::auth::Tenant;
-use crate::chat;
+use crate::chat::{self, Content};
 use crate::error::ApiError;
 use crate::state::App;
+use crate::stream;
 use crate::tools::{self, Call, Piece, Splitter, ToolChoice};
 use crate::wish::{Knobs, OneOrMany, Reports, Running, failed, unknown};
 use crate::worker::Happened;
 
 /// Fields of Anthropic's that change nothing here.
 const WITHOUT_EFFECT: [&str; 4] = ["metadata", "service_tier", "container", "betas"];
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Blocks(Vec<Value>),
-}
 
 #[derive(Debug, Clone, Deserialize)]
 struct AnthropicMessage {
@@ -125,7 +116,7 @@ fn open_message(message: AnthropicMessage, out: &mut Vec<Message>) -> Result<boo
             out.push(Message::new(&message.role, text));
             return Ok(false);
         }
-        Content::Blocks(blocks) => blocks,
+        Content::Parts(blocks) => blocks,
     };
     let mut text = String::new();
     let mut calls = Vec::new();
@@ -166,7 +157,7 @@ fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>
     match request.system {
         None => {}
         Some(Content::Text(text)) => messages.push(Message::new("system", text)),
-        Some(Content::Blocks(blocks)) => {
+        Some(Content::Parts(blocks)) => {
             let text: Result<String, _> = blocks.iter().map(text_of).collect();
             messages.push(Message::new("system", text?));
             if blocks.iter().any(is_marked) {
@@ -297,7 +288,7 @@ pub(crate) async fn answer(
         .await?;
     let calls = prepared.tools.is_some().then_some(opened);
     let mut response = match streams {
-        true => stream(app, running, calls, marked, prompt_tokens),
+        true => streamed(app, running, calls, marked, prompt_tokens),
         false => whole(&app, running, calls, marked).await?,
     };
     crate::note_ignored(&mut response, &ignored);
@@ -402,20 +393,15 @@ impl Blocks {
     }
 }
 
-fn stream(
+fn streamed(
     app: Arc<App>,
     mut running: Running,
     calls: Option<bool>,
     marked: usize,
     prompt_tokens: usize,
 ) -> Response {
-    let (out, lines) = tokio::sync::mpsc::unbounded_channel::<Result<Event, Infallible>>();
-    tokio::spawn(async move {
-        let send = |value: &Value| {
-            let name = value["type"].as_str().unwrap_or("error").to_string();
-            out.send(Ok(Event::default().event(name).data(value.to_string())))
-                .is_ok()
-        };
+    stream::respond(async move |lines| {
+        let send = |value: &Value| lines.send_typed(value);
         let start = json!({"type": "message_start", "message": {
             "id": app.id("msg"), "type": "message", "role": "assistant", "model": app.name(), "content": [],
             "stop_reason": null, "stop_sequence": null,
@@ -431,11 +417,10 @@ fn stream(
         };
         let mut splitter = Splitter::new(calls == Some(true));
         loop {
-            let happened = tokio::select! {
-                () = out.closed() => return,
-                happened = running.next() => happened,
+            let Ok(next) = lines.next(&mut running).await else {
+                return;
             };
-            let Some((_, happened)) = happened else { return };
+            let Some((_, happened)) = next else { return };
             let (text, end) = match happened {
                 Happened::Prompt(_) => continue,
                 Happened::Token(drawn) => (drawn.text, None),
@@ -472,8 +457,5 @@ fn stream(
                 return;
             }
         }
-    });
-    Sse::new(UnboundedReceiverStream::new(lines))
-        .keep_alive(KeepAlive::default())
-        .into_response()
+    })
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antefix_models::tokenizer::Specials;
-use axum::extract::{FromRequest, Query, Request, State};
+use antefix_state::PAGE_ROWS;
+use axum::extract::{FromRequest, FromRequestParts, Query, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -124,25 +126,36 @@ async fn wrong_method(request: Request) -> ApiError {
     }
 }
 
-fn tenant(app: &App, headers: &HeaderMap) -> Result<Arc<Tenant>, ApiError> {
-    app.tenants.find(headers)
+/// Whoever bears a valid key. As the first argument of a handler it stands before the body is read.
+struct Caller(Arc<Tenant>);
+
+impl FromRequestParts<Arc<App>> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
+        app.tenants.find(&parts.headers).map(Self)
+    }
 }
 
-async fn chat(State(app): Shared, headers: HeaderMap, request: Request) -> Result<Response, ApiError> {
-    let tenant = tenant(&app, &headers)?;
-    let Body(ask) = Body::<ChatRequest>::from_request(request, &()).await?;
+async fn chat(
+    State(app): Shared,
+    Caller(tenant): Caller,
+    Body(ask): Body<ChatRequest>,
+) -> Result<Response, ApiError> {
     chat::answer(app, tenant, ask).await
 }
 
-async fn complete(State(app): Shared, headers: HeaderMap, request: Request) -> Result<Response, ApiError> {
-    let tenant = tenant(&app, &headers)?;
-    let Body(ask) = Body::<CompletionRequest>::from_request(request, &()).await?;
+async fn complete(
+    State(app): Shared,
+    Caller(tenant): Caller,
+    Body(ask): Body<CompletionRequest>,
+) -> Result<Response, ApiError> {
     completions::answer(app, tenant, ask).await
 }
 
 async fn anthropic(State(app): Shared, headers: HeaderMap, request: Request) -> Response {
     let answer = async {
-        let tenant = tenant(&app, &headers)?;
+        let tenant = app.tenants.find(&headers)?;
         let Body(ask) = Body::<MessagesRequest>::from_request(request, &()).await?;
         messages::answer(Arc::clone(&app), tenant, ask).await
     };
@@ -151,7 +164,7 @@ async fn anthropic(State(app): Shared, headers: HeaderMap, request: Request) -> 
 
 async fn anthropic_count(State(app): Shared, headers: HeaderMap, request: Request) -> Response {
     let answer = async {
-        tenant(&app, &headers)?;
+        app.tenants.find(&headers)?;
         let Body(ask) = Body::<CountRequest>::from_request(request, &()).await?;
         messages::count(&app, ask)
     };
@@ -172,30 +185,27 @@ fn model_json(app: &App, name: &str) -> Value {
     })
 }
 
-async fn models(State(app): Shared, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
+async fn models(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
     let data: Vec<Value> = app.names.iter().map(|name| model_json(&app, name)).collect();
     Ok(Json(json!({"object": "list", "data": data})))
 }
 
 async fn model(
     State(app): Shared,
-    headers: HeaderMap,
+    _: Caller,
     axum::extract::Path(name): axum::extract::Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
     app.check_model(Some(&name))?;
     Ok(Json(model_json(&app, &name)))
 }
 
-async fn methods(State(app): Shared, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
+async fn methods(_: Caller) -> Json<Value> {
     let exact = json!({
         "name": "exact",
         "description": "Softmax attention over all keys; prefixes that requests share are read once for all of them.",
         "knobs": [],
     });
-    Ok(Json(json!({"methods": [exact]})))
+    Json(json!({"methods": [exact]}))
 }
 
 /// Text or a conversation, to be looked at as tokens.
@@ -230,10 +240,9 @@ fn tokens_of(app: &App, ask: TokenizeRequest) -> Result<Vec<u32>, ApiError> {
 
 async fn tokenize(
     State(app): Shared,
-    headers: HeaderMap,
+    _: Caller,
     Body(ask): Body<TokenizeRequest>,
 ) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
     let pieces = ask.with_pieces;
     let tokens = tokens_of(&app, ask)?;
     let piece = |&id: &u32| {
@@ -259,10 +268,9 @@ struct DetokenizeRequest {
 
 async fn detokenize(
     State(app): Shared,
-    headers: HeaderMap,
+    _: Caller,
     Body(ask): Body<DetokenizeRequest>,
 ) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
     let vocab = app.tokenizer().vocab_size();
     if let Some(bad) = ask.tokens.iter().find(|&&t| t as usize >= vocab) {
         return Err(ApiError::param(
@@ -282,10 +290,9 @@ struct TemplateRequest {
 
 async fn apply_template(
     State(app): Shared,
-    headers: HeaderMap,
+    _: Caller,
     Body(ask): Body<TemplateRequest>,
 ) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
     let text = chat::prompt(&app, &chat::plain(ask.messages)?, ask.tools.as_deref())?;
     Ok(Json(json!({"prompt": text})))
 }
@@ -305,10 +312,10 @@ fn gone() -> ApiError {
 /// How much of a prompt would be found cached: nothing is computed, nothing is touched.
 async fn cache_lookup(
     State(app): Shared,
-    headers: HeaderMap,
+    Caller(tenant): Caller,
     Body(ask): Body<LookupRequest>,
 ) -> Result<Json<Value>, ApiError> {
-    let salt = tenant(&app, &headers)?.salt(ask.cache_salt.as_deref());
+    let salt = tenant.salt(ask.cache_salt.as_deref());
     let tokens = match ask.tokens {
         Some(tokens) => tokens,
         None => tokens_of(&app, ask.what)?,
@@ -320,19 +327,18 @@ async fn cache_lookup(
         .await
         .ok_or_else(gone)?;
     Ok(Json(
-        json!({"tokens": count, "cached_tokens": cached, "block_tokens": 32}),
+        json!({"tokens": count, "cached_tokens": cached, "block_tokens": PAGE_ROWS}),
     ))
 }
 
-async fn cache_stats(State(app): Shared, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
+async fn cache_stats(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
     let look = |engine: &mut antefix_engine::Engine| {
         let pool = engine.pool();
-        (pool.stats(), engine.radix().blocks(), pool.bytes_for(1))
+        (pool.stats(), engine.radix().blocks(), pool.shape().block_bytes())
     };
     let (pool, blocks, block_bytes) = app.worker.inspect(look).await.ok_or_else(gone)?;
     Ok(Json(json!({
-        "block_tokens": 32,
+        "block_tokens": PAGE_ROWS,
         "blocks": blocks,
         "block_bytes": block_bytes,
         "bytes_used": pool.bytes_used,
@@ -352,10 +358,10 @@ const TREE_LIMIT: usize = 500;
 /// The cached prefixes of whoever asks, and the running requests that read them.
 async fn cache_tree(
     State(app): Shared,
-    headers: HeaderMap,
+    Caller(tenant): Caller,
     Query(query): Query<TreeQuery>,
 ) -> Result<Json<Value>, ApiError> {
-    let salt = tenant(&app, &headers)?.salt(query.cache_salt.as_deref());
+    let salt = tenant.salt(query.cache_salt.as_deref());
     let look = move |engine: &mut antefix_engine::Engine| {
         let runs = engine.radix().runs(engine.pool(), salt, TREE_LIMIT);
         let running: Vec<(u64, Vec<u32>)> = engine.running().map(|(id, t)| (id.0, t.to_vec())).collect();
@@ -390,15 +396,14 @@ async fn cache_tree(
         paths.insert(run.id, path);
     }
     Ok(Json(json!({
-        "block_tokens": 32,
+        "block_tokens": PAGE_ROWS,
         "bytes_used": pool.bytes_used,
         "bytes_capacity": pool.capacity,
         "nodes": nodes,
     })))
 }
 
-async fn loads(State(app): Shared, headers: HeaderMap) -> Result<Response, ApiError> {
-    tenant(&app, &headers)?;
+async fn loads(State(app): Shared, _: Caller) -> Result<Response, ApiError> {
     Ok(Json(app.meters.loads()).into_response())
 }
 
@@ -409,14 +414,12 @@ async fn ready(State(app): Shared) -> Response {
     }
 }
 
-async fn metrics(State(app): Shared, headers: HeaderMap) -> Result<Response, ApiError> {
-    tenant(&app, &headers)?;
+async fn metrics(State(app): Shared, _: Caller) -> Result<Response, ApiError> {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], app.meters.text()).into_response())
 }
 
-async fn server_info(State(app): Shared, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
-    tenant(&app, &headers)?;
+async fn server_info(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
     let spec = app.model.spec();
     Ok(Json(json!({
         "version": env!("CARGO_PKG_VERSION"),

@@ -428,6 +428,15 @@ async fn keys_are_wanted_and_their_caches_are_apart() {
         assert_eq!(call(&app, request).await.0, 401, "{path}");
     }
     assert_eq!(call(&app, with(None)).await.0, 401);
+    for path in [
+        "/v1/chat/completions",
+        "/v1/messages",
+        "/tokenize",
+        "/v1/cache/lookup",
+    ] {
+        let (status, _) = call(&app, post(path, &json!("nonsense"))).await;
+        assert_eq!(status, 401, "{path}: the key comes before the body");
+    }
     assert_eq!(call(&app, with(Some("aaaaaaaaaaaaaaab"))).await.0, 401);
     let cached = |v: Value| {
         v["usage"]["prompt_tokens_details"]["cached_tokens"]

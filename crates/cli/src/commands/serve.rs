@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use antefix_engine::{Budget, Options};
 use antefix_kv::Pool;
-use antefix_models::template::ChatTemplate;
 use antefix_server::{Config, KeyConfig, Limits, Server};
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
@@ -188,20 +187,6 @@ fn spare_memory() -> usize {
     usize::try_from(machine.min(group) / 2).unwrap_or(usize::MAX)
 }
 
-fn template(loaded: &Loaded, file: Option<&Path>) -> Result<Option<ChatTemplate>, Failure> {
-    let Some(path) = file else {
-        return loaded.template();
-    };
-    let source = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read {}", path.display()))
-        .map_err(Failure::Input)?;
-    let text = |id: Option<u32>| id.map(|id| loaded.tokenizer.decode(&[id])).unwrap_or_default();
-    let (bos, eos) = (text(loaded.tokenizer.bos()), text(loaded.tokenizer.eos()));
-    ChatTemplate::new(&source, &bos, &eos)
-        .map(Some)
-        .map_err(Failure::input)
-}
-
 pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let settings = Settings::new(&args)?;
     if args.print_config {
@@ -227,7 +212,10 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         precision: args.precision,
     };
     let loaded = Loaded::new(&which, &how)?;
-    let template = template(&loaded, settings.chat_template.as_deref())?;
+    let template = match &settings.chat_template {
+        Some(path) => Some(loaded.template_from(path)?),
+        None => loaded.template()?,
+    };
     let trained = loaded.model.spec().context;
     let context = settings.ctx.unwrap_or(DEFAULT_CONTEXT).min(trained);
     let least = Pool::new(loaded.model.kv_shape(), 0).bytes_for(context);

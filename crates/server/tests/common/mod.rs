@@ -5,21 +5,12 @@
     reason = "a test may, and not every one needs everything"
 )]
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use antefix_engine::{Budget, Options};
 use antefix_kernels::cpu::Cpu;
-use antefix_kernels::matmul::Precision;
-use antefix_kernels::team::Team;
-use antefix_models::decoder::Model;
-use antefix_models::files::ModelFiles;
-use antefix_models::gguf::Gguf;
 use antefix_models::spec::Arch;
 use antefix_models::template::ChatTemplate;
-use antefix_models::testing::tiny_gguf;
-use antefix_models::tokenizer::Tokenizer;
 use antefix_server::{Config, Limits, Server};
 use axum::Router;
 use axum::body::Body;
@@ -31,10 +22,7 @@ use tower::ServiceExt;
 const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]";
 
 pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
-    let gguf = Gguf::parse(tiny_gguf(Arch::Llama, 11)).unwrap();
-    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).unwrap());
-    let files = ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).unwrap();
-    let model = Arc::new(Model::load(files, Cpu::best(), Arc::new(Team::new(1)), Precision::Fast).unwrap());
+    let (model, tokenizer) = antefix_conformance::tiny(Arch::Llama, Cpu::best(), 1);
     let template = ChatTemplate::new(TEMPLATE, "", "").unwrap();
     let mut config = Config {
         names: vec!["tiny".into()],
