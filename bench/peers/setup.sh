@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 
 LLAMA=0.3.36  # of llama-cpp-python, whose source package holds a whole llama.cpp
 MISTRAL=0.9.5
-TOOLS=(llama-bench llama-batched-bench llama-perplexity llama-quantize)
+TOOLS=(llama-bench llama-batched-bench llama-perplexity llama-quantize llama-server)
 peers=${ANTEFIX_PEERS:-/tmp/antefix-peers}
 antefix=${ANTEFIX:-target/release/antefix}
 mkdir -p "$peers/models"
@@ -74,7 +74,7 @@ llama_cpp() {
         {
             cmake -S "$source" -B "$build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
                 -DCMAKE_C_COMPILER="$cc" -DCMAKE_CXX_COMPILER="$cxx" -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF \
-                -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_UI=OFF
+                -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_UI=OFF
             cmake --build "$build" -j "${JOBS:-2}" --target "${TOOLS[@]}"
         } >"$source/build.log" 2>&1 || die "llama.cpp does not build" "the end of $source/build.log says why"
         fingerprint "$cc" >"$stamp"
