@@ -1,9 +1,11 @@
 //! The one function through which every layer attends, and the seams that methods hang on.
 
 mod attend;
+mod extra;
 mod sharing;
 
 pub use attend::{AttendError, Geometry, Scratch, attend};
+pub use extra::Extra;
 pub use sharing::{SeqRows, Sharing};
 
 #[cfg(test)]

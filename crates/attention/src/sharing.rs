@@ -9,6 +9,8 @@ use std::ops::Range;
 use antefix_kv::{PageId, SeqKv};
 use antefix_state::{PAGE_ROWS, PARTITION};
 
+use crate::extra::Extra;
+
 /// Pages of a partition.
 const PARTITION_PAGES: usize = PARTITION / PAGE_ROWS;
 
@@ -24,8 +26,10 @@ pub struct SeqRows<'a> {
     pub first: usize,
     /// Number of rows.
     pub rows: usize,
-    /// Position of its first row; the others follow.
+    /// Place of its first row among the rows of `kv`; the others follow. Its position is `extra.pos_base + pos0`.
     pub pos0: u32,
+    /// What it brings beyond its pages.
+    pub extra: Extra<'a>,
 }
 
 impl SeqRows<'_> {

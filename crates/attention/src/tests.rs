@@ -96,6 +96,7 @@ impl Batch {
                 first,
                 rows: to - from,
                 pos0: (self.seqs[i].0.len() + from) as u32,
+                extra: Extra::default(),
             });
             first += to - from;
             (from..to).for_each(|r| q.extend(Self::query(i, r)));
@@ -242,6 +243,7 @@ fn shared_pages_are_read_once() {
         first: k,
         rows: 1,
         pos0: b.seqs[k].0.len() as u32,
+        extra: Extra::default(),
     };
     let seqs: Vec<SeqRows<'_>> = (0..8).map(rows).collect();
     assert_eq!(Sharing::of(&seqs).pages_read(), (20 + 8, 21 * 8));
@@ -256,6 +258,7 @@ fn wrong_lengths_are_errors() {
         first: 0,
         rows: 1,
         pos0: b.seqs[0].0.len() as u32,
+        extra: Extra::default(),
     }];
     let mut out = vec![0.0; HEADS * SHAPE.dim];
     let cpu = (Cpu::from_env().unwrap(), &team);

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use antefix_kv::{KvError, Pool, Radix, SeqKv};
-use antefix_models::decoder::{ForwardError, Input, Model, Scratch};
+use antefix_models::decoder::{Extra, ForwardError, Input, Model, Scratch};
 use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
 
@@ -364,6 +364,7 @@ impl Engine {
                     tokens: &seq.tokens[from..from + part.tokens],
                     kv: &seq.kv,
                     logits: seq.wanted(part.tokens),
+                    extra: Extra::default(),
                 }
             })
             .collect();

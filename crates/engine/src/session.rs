@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use antefix_kv::{Pool, SeqKv};
-use antefix_models::decoder::{Input, Model, Scratch};
+use antefix_models::decoder::{Extra, Input, Model, Scratch};
 
 use crate::engine::EngineError;
 
@@ -67,6 +67,7 @@ impl Session {
                 tokens: chunk,
                 kv: &self.kv,
                 logits: end.saturating_sub(first_wanted.max(end - chunk.len())),
+                extra: Extra::default(),
             };
             self.model
                 .forward(&mut self.pool, &[input], &mut self.scratch, logits)?;

@@ -1,6 +1,6 @@
 //! One step of the model over a batch of rows.
 
-use antefix_attention::{AttendError, Scratch as AttendScratch, SeqRows, Sharing, attend};
+use antefix_attention::{AttendError, Extra, Scratch as AttendScratch, SeqRows, Sharing, attend};
 use antefix_kernels::matmul::{Acts, Matrix, matmul, matmul_many};
 use antefix_kernels::ops;
 use antefix_kernels::quant;
@@ -15,12 +15,14 @@ use crate::spec::Act;
 /// Rows of one sequence in a step.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
-    /// Tokens at positions `kv.len()..`; at least one.
+    /// Tokens at positions `extra.pos_base + kv.len()..`; at least one.
     pub tokens: &'a [u32],
     /// The sequence's pages, with room reserved for the tokens. Its length grows only when the caller commits.
     pub kv: &'a SeqKv,
     /// Of how many of the last rows logits are wanted: 0 (in the middle of a prompt), 1, or all.
     pub logits: usize,
+    /// What is special about the sequence; the default is an ordinary one.
+    pub extra: Extra<'a>,
 }
 
 /// Why a step could not run. Nothing was committed.
@@ -83,12 +85,15 @@ impl Model {
         scratch.positions.clear();
         for i in inputs {
             let pos0 = i.kv.len() as u32;
-            scratch.positions.extend((pos0..).take(i.tokens.len()));
+            scratch
+                .positions
+                .extend((i.extra.pos_base + pos0..).take(i.tokens.len()));
             seqs.push(SeqRows {
                 kv: i.kv,
                 first,
                 rows: i.tokens.len(),
                 pos0,
+                extra: i.extra,
             });
             first += i.tokens.len();
         }

@@ -5,6 +5,7 @@ mod weights;
 
 use std::sync::Arc;
 
+pub use antefix_attention::Extra;
 use antefix_attention::Geometry;
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
