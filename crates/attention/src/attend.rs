@@ -5,7 +5,7 @@
 
 use std::sync::Mutex;
 
-use antefix_kernels::attend::{self as kernel, AttendScratch, Page, StateMut, StateRef};
+use antefix_kernels::attend::{self as kernel, AttendScratch, StateMut, StateRef, View};
 use antefix_kernels::{cpu::Cpu, team::Team};
 use antefix_kv::Pool;
 use antefix_state::{PAGE_ROWS, PARTITION};
@@ -368,12 +368,12 @@ impl Ctx<'_> {
     }
 
     /// Pages `pages` of `seq` for this layer and head, with the number of keys they hold.
-    fn pages(&self, seq: usize, head: usize, pages: std::ops::Range<usize>) -> (Vec<Page<'_>>, u32) {
+    fn pages(&self, seq: usize, head: usize, pages: std::ops::Range<usize>) -> (Vec<View<'_>>, u32) {
         let s = &self.seqs[seq];
         let keys = (pages.end * PAGE_ROWS).min(s.keys()) - pages.start * PAGE_ROWS;
         let refs = s.kv.pages(self.layer, head)[pages]
             .iter()
-            .map(|&id| self.pool.page(id))
+            .map(|&id| self.pool.page(id).into())
             .collect();
         (refs, keys as u32)
     }

@@ -5,7 +5,7 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, unsafe_code, missing_docs)]
 
 use antefix_kernels::attend::{
-    AttendScratch, KvDtype, Page, PageLayout, StateMut, attend, f32_to_bf16, reset,
+    AttendScratch, KvDtype, Page, PageLayout, StateMut, View, attend, f32_to_bf16, reset,
 };
 use antefix_kernels::cpu::Cpu;
 
@@ -45,10 +45,10 @@ fn main() {
         let pages = keys / 32;
         let k: Vec<u16> = (0..layout.part_len() * pages).map(value).collect();
         let v: Vec<u16> = (0..layout.part_len() * pages).map(|i| value(i + 7)).collect();
-        let pages: Vec<Page<'_>> = k
+        let pages: Vec<View<'_>> = k
             .chunks(layout.part_len())
             .zip(v.chunks(layout.part_len()))
-            .map(|(k, v)| Page::Bf16 { k, v })
+            .map(|(k, v)| Page::Bf16 { k, v }.into())
             .collect();
         let q: Vec<f32> = (0..rows * dim).map(|i| (i as f32 * 0.37).sin() * 0.2).collect();
         let visible = vec![(0, keys as u32); rows];

@@ -1,6 +1,6 @@
 //! Runs of rows whose length differs from head to head: what is left of a head's cache when a policy keeps only some rows.
 
-use antefix_kernels::attend::Page;
+use antefix_kernels::attend::View;
 use antefix_state::PAGE_ROWS;
 
 use crate::pool::{KvError, PageId, Pool, SeqKv};
@@ -75,8 +75,8 @@ impl HeadRun {
     }
 
     /// The rows' pages; row `i` is row `i % 32` of page `i / 32`.
-    pub fn pages<'p>(&self, pool: &'p Pool) -> Vec<Page<'p>> {
-        self.pages.iter().map(|&id| pool.page(id)).collect()
+    pub fn pages<'p>(&self, pool: &'p Pool) -> Vec<View<'p>> {
+        self.pages.iter().map(|&id| pool.page(id).into()).collect()
     }
 
     /// How many rows a query at `pos` sees: those at positions up to its own.

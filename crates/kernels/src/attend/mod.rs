@@ -11,7 +11,7 @@ mod simd;
 
 use antefix_state::PAGE_ROWS;
 
-pub use page::{KvDtype, Page, PageLayout, PageMut, bf16_to_f32, f32_to_bf16};
+pub use page::{KvDtype, Page, PageLayout, PageMut, View, bf16_to_f32, f32_to_bf16};
 
 use crate::cpu::{Cpu, Path};
 
@@ -95,7 +95,8 @@ pub struct AttendScratch {
 /// Continues the states of `R` rows over the keys of `pages`.
 ///
 /// `q: [R, D]`, already multiplied by the scale; `visible[r] = (lo, hi)`: row `r` sees the absolute positions `[lo, hi)`.
-/// `pages[0]` starts at position `first`, a multiple of 32; `keys` rows in all are valid, the rest may hold anything.
+/// `pages[0]` starts at position `first`, a multiple of 32; `keys` rows in all are valid, holes ([`View::rows`]) counted; the
+/// rest may hold anything, and so may holes.
 ///
 /// # Panics
 /// When the shapes do not fit: always a mistake of the caller.
@@ -105,7 +106,7 @@ pub fn attend(
     q: &[f32],
     visible: &[(u32, u32)],
     softcap: Option<f32>,
-    pages: &[Page<'_>],
+    pages: &[View<'_>],
     first: u32,
     keys: u32,
     state: &mut StateMut<'_>,
@@ -133,7 +134,7 @@ pub fn attend(
     if cpu.path() != Path::Scalar && rows > 0 {
         simd::pack(q, rows, dim, &mut scratch.q);
     }
-    for (i, page) in pages.iter().enumerate() {
+    for (i, View { page, rows }) in pages.iter().enumerate() {
         page.check(dim);
         let start = i * PAGE_ROWS;
         if start >= keys as usize {
@@ -141,6 +142,10 @@ pub fn attend(
         }
         let valid = PAGE_ROWS.min(keys as usize - start) as u32;
         let pos = first + start as u32;
+        let open = rows & (u32::MAX >> (PAGE_ROWS as u32 - valid));
+        if open == 0 {
+            continue;
+        }
         let sees = |v: &(u32, u32)| v.0 < pos + valid && v.1 > pos;
         let Some(from) = visible.iter().position(sees) else {
             continue;
@@ -153,9 +158,10 @@ pub fn attend(
             seen: from..to,
             softcap,
             page: *page,
-            next: pages.get(i + 1).copied(),
+            next: pages.get(i + 1).map(|view| view.page),
             pos,
             valid: valid as usize,
+            open,
         };
         match cpu.path() {
             #[cfg(target_arch = "x86_64")]
@@ -184,6 +190,8 @@ struct Tile<'a> {
     pos: u32,
     /// Its valid rows, 1..=32.
     valid: usize,
+    /// The valid rows that are no holes, a bit each; not 0.
+    open: u32,
 }
 
 impl Tile<'_> {
@@ -192,6 +200,16 @@ impl Tile<'_> {
         let (lo, hi) = self.visible[r];
         let local = |x: u32| (x.saturating_sub(self.pos) as usize).min(self.valid);
         (local(lo), local(hi))
+    }
+
+    /// Whether a valid row is a hole.
+    fn has_holes(&self) -> bool {
+        self.open.count_ones() as usize != self.valid
+    }
+
+    /// Whether row `j` of the page is valid and no hole.
+    fn is_open(&self, j: usize) -> bool {
+        self.open >> j & 1 == 1
     }
 }
 

@@ -66,6 +66,22 @@ pub enum Page<'a> {
     },
 }
 
+/// A page, and which of its rows a call may see at all.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// The page.
+    pub page: Page<'a>,
+    /// Bit `i` stands for row `i`. A row without its bit is a hole: it adds nothing, whatever it holds.
+    pub rows: u32,
+}
+
+impl<'a> From<Page<'a>> for View<'a> {
+    /// A page without holes.
+    fn from(page: Page<'a>) -> Self {
+        Self { page, rows: u32::MAX }
+    }
+}
+
 /// A page to be written.
 #[derive(Debug)]
 pub enum PageMut<'a> {

@@ -13,6 +13,9 @@ pub(super) fn page(tile: &Tile<'_>, state: &mut StateMut<'_>) {
         let q = &tile.q[r * dim..][..dim];
         let mut s = [f32::NEG_INFINITY; PAGE_ROWS];
         for (j, s) in s.iter_mut().enumerate().take(hi).skip(lo) {
+            if !tile.is_open(j) {
+                continue;
+            }
             *s = q
                 .iter()
                 .enumerate()
@@ -25,9 +28,11 @@ pub(super) fn page(tile: &Tile<'_>, state: &mut StateMut<'_>) {
             continue;
         };
         for (d, a) in state.acc[r * dim..][..dim].iter_mut().enumerate() {
-            *a = (0..tile.valid).fold(*a * factor, |sum, j| {
-                s[j].mul_add(tile.page.value(dim, j, d), sum)
-            });
+            *a = (0..tile.valid)
+                .filter(|&j| tile.is_open(j))
+                .fold(*a * factor, |sum, j| {
+                    s[j].mul_add(tile.page.value(dim, j, d), sum)
+                });
         }
     }
 }

@@ -480,6 +480,11 @@ unsafe fn rows_of<S: Simd, const R: usize, const W: usize>(
             if hi < PAGE_ROWS {
                 s[hi.max(lo)..].fill(f32::NEG_INFINITY);
             }
+            if tile.has_holes() {
+                (0..PAGE_ROWS)
+                    .filter(|&j| !tile.is_open(j))
+                    .for_each(|j| s[j] = f32::NEG_INFINITY);
+            }
         }
         let rows = first..first + R;
         let factors = softmax_step::<S, R>(&mut s, &mut state.m[rows.clone()], &mut state.l[rows]);
@@ -487,11 +492,11 @@ unsafe fn rows_of<S: Simd, const R: usize, const W: usize>(
         let acc = state.acc.as_mut_ptr().add(first * dim);
         if factors.iter().all(Option::is_some) {
             let factors = factors.map(|f| f.unwrap_or(1.0));
-            values::<S, R, W>(&s, factors, source, next_k, tile.valid, dim, acc);
+            values::<S, R, W>(&s, factors, source, next_k, tile.open, dim, acc);
         } else {
             for (i, factor) in factors.into_iter().enumerate() {
                 if let Some(factor) = factor {
-                    values::<S, 1, 4>(&[s[i]], [factor], source, None, tile.valid, dim, acc.add(i * dim));
+                    values::<S, 1, 4>(&[s[i]], [factor], source, None, tile.open, dim, acc.add(i * dim));
                 }
             }
         }
@@ -620,30 +625,40 @@ unsafe fn tree<const MAX: bool>(s: &[f32; PAGE_ROWS]) -> f32 {
     }
 }
 
-/// `acc[r] = acc[r] * factor[r] + sum_j p[r][j] v[j]`, keys ascending, `W` vectors of dimensions at a time.
+/// The positions of the bits that are set, ascending.
+#[inline(always)]
+fn rows_in(mut bits: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let j = bits.trailing_zeros();
+        bits &= bits.wrapping_sub(1);
+        (j < u32::BITS).then_some(j as usize)
+    })
+}
+
+/// `acc[r] = acc[r] * factor[r] + sum_j p[r][j] v[j]` over the open keys, ascending, `W` vectors of dimensions at a time.
 #[inline(always)]
 unsafe fn values<S: Simd, const R: usize, const W: usize>(
     p: &[[f32; PAGE_ROWS]; R],
     factors: [f32; R],
     source: Source,
     next: Option<*const u16>,
-    valid: usize,
+    open: u32,
     dim: usize,
     acc: *mut f32,
 ) {
-    // SAFETY: acc has R * dim values, V has valid rows of dim; dim is a multiple of 16.
+    // SAFETY: acc has R * dim values, V has 32 rows of dim; dim is a multiple of 16.
     unsafe {
         let mut d = 0;
         while d + W * S::LANES <= dim {
-            values_at::<S, R, W>(p, factors, source, next, valid, dim, d, acc);
+            values_at::<S, R, W>(p, factors, source, next, open, dim, d, acc);
             d += W * S::LANES;
         }
         if W > 2 && d + 2 * S::LANES <= dim {
-            values_at::<S, R, 2>(p, factors, source, next, valid, dim, d, acc);
+            values_at::<S, R, 2>(p, factors, source, next, open, dim, d, acc);
             d += 2 * S::LANES;
         }
         if d < dim {
-            values_at::<S, R, 1>(p, factors, source, next, valid, dim, d, acc);
+            values_at::<S, R, 1>(p, factors, source, next, open, dim, d, acc);
         }
     }
 }
@@ -655,7 +670,7 @@ unsafe fn values_at<S: Simd, const R: usize, const W: usize>(
     factors: [f32; R],
     source: Source,
     next: Option<*const u16>,
-    valid: usize,
+    open: u32,
     dim: usize,
     d: usize,
     acc: *mut f32,
@@ -673,7 +688,7 @@ unsafe fn values_at<S: Simd, const R: usize, const W: usize>(
         let p = p.as_ptr().cast::<f32>();
         match source {
             Source::F32(_, values) => {
-                for j in 0..valid {
+                for j in rows_in(open) {
                     for (i, v) in v.iter_mut().enumerate() {
                         *v = S::load(values.add(j * dim + d + i * S::LANES));
                     }
@@ -681,7 +696,7 @@ unsafe fn values_at<S: Simd, const R: usize, const W: usize>(
                 }
             }
             Source::Bf16(_, values) => {
-                for j in 0..valid {
+                for j in rows_in(open) {
                     if let Some(k) = next
                         && j < W * S::LANES
                     {

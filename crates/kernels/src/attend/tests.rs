@@ -9,6 +9,8 @@ struct Case {
     k: Vec<f32>,
     v: Vec<f32>,
     visible: Vec<(u32, u32)>,
+    /// Of every page, which rows are no holes; the holes hold NaN.
+    open: Vec<u32>,
 }
 
 fn noise(seed: u64, n: usize) -> Vec<f32> {
@@ -40,7 +42,22 @@ impl Case {
             k: noise(2, keys * dim),
             v: noise(3, keys * dim),
             visible,
+            open: vec![u32::MAX; keys.div_ceil(PAGE_ROWS)],
         }
+    }
+
+    /// Cuts holes: of every 5 rows 3 stay, and nothing of the second page.
+    fn with_holes(mut self) -> Self {
+        for (p, open) in self.open.iter_mut().enumerate() {
+            *open = (0..PAGE_ROWS)
+                .filter(|j| p != 1 && (p * PAGE_ROWS + j) % 5 < 3)
+                .fold(0, |bits, j| bits | 1 << j);
+        }
+        self
+    }
+
+    fn is_open(&self, j: usize) -> bool {
+        self.open[j / PAGE_ROWS] >> (j % PAGE_ROWS) & 1 == 1
     }
 
     fn f32_pages(&self) -> Vec<(Vec<f32>, Vec<f32>)> {
@@ -50,7 +67,7 @@ impl Case {
                     vec![f32::NAN; PAGE_ROWS * self.dim],
                     vec![f32::NAN; PAGE_ROWS * self.dim],
                 );
-                for j in p * PAGE_ROWS..((p + 1) * PAGE_ROWS).min(self.keys) {
+                for j in (p * PAGE_ROWS..((p + 1) * PAGE_ROWS).min(self.keys)).filter(|&j| self.is_open(j)) {
                     let span = j * self.dim..(j + 1) * self.dim;
                     PageMut::F32 {
                         k: &mut page.0,
@@ -68,7 +85,7 @@ impl Case {
         (0..self.keys.div_ceil(PAGE_ROWS))
             .map(|p| {
                 let mut page = (vec![nan; PAGE_ROWS * self.dim], vec![nan; PAGE_ROWS * self.dim]);
-                for j in p * PAGE_ROWS..((p + 1) * PAGE_ROWS).min(self.keys) {
+                for j in (p * PAGE_ROWS..((p + 1) * PAGE_ROWS).min(self.keys)).filter(|&j| self.is_open(j)) {
                     let span = j * self.dim..(j + 1) * self.dim;
                     PageMut::Bf16 {
                         k: &mut page.0,
@@ -94,6 +111,11 @@ impl Case {
             KvDtype::F32 => f32s.iter().map(|(k, v)| Page::F32 { k, v }).collect(),
             KvDtype::Bf16 => bf16s.iter().map(|(k, v)| Page::Bf16 { k, v }).collect(),
         };
+        let pages: Vec<View<'_>> = pages
+            .into_iter()
+            .zip(&self.open)
+            .map(|(page, &rows)| View { page, rows })
+            .collect();
         let n = rows.len();
         let (mut m, mut l, mut acc) = (vec![f32::NAN; n], vec![f32::NAN; n], vec![f32::NAN; n * self.dim]);
         let mut state = StateMut {
@@ -140,7 +162,7 @@ impl Case {
         };
         let (lo, hi) = self.visible[r];
         let keys: Vec<usize> = (0..self.keys)
-            .filter(|&j| (lo..hi).contains(&(self.first + j as u32)))
+            .filter(|&j| (lo..hi).contains(&(self.first + j as u32)) && self.is_open(j))
             .collect();
         let s: Vec<f64> = keys
             .iter()
@@ -151,6 +173,9 @@ impl Case {
             })
             .collect();
         let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if keys.is_empty() {
+            return vec![0.0; self.dim];
+        }
         let l: f64 = s.iter().map(|s| (s - max).exp()).sum();
         (0..self.dim)
             .map(|d| {
@@ -180,6 +205,7 @@ fn cases() -> Vec<Case> {
         (40, 40, 64, 0, u32::MAX),
     ] {
         cases.push(Case::causal(rows, keys, dim, first, window));
+        cases.push(Case::causal(rows, keys, dim, first, window).with_holes());
     }
     cases
 }
@@ -279,6 +305,25 @@ fn a_row_that_sees_nothing_keeps_its_state() {
 }
 
 #[test]
+fn holes_at_the_ends_of_what_is_visible_are_a_shorter_interval() {
+    for cpu in Cpu::available() {
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let mut holes = Case::causal(9, 130, 64, 64, u32::MAX);
+            holes.open[0] = u32::MAX << 5;
+            holes.open[2] = u32::MAX;
+            holes.open[3] = 0x000f_ffff;
+            holes.open[4] = 0;
+            let mut interval = Case::causal(9, 130, 64, 64, u32::MAX);
+            for (lo, hi) in &mut interval.visible {
+                (*lo, *hi) = (64 + 5, (64 + 3 * 32 + 20).min(*hi));
+            }
+            let bits = |case: &Case| case.run(cpu, dtype, 0..9, 0);
+            assert_eq!(bits(&holes), bits(&interval), "{}", cpu.path());
+        }
+    }
+}
+
+#[test]
 fn merged_partitions_are_the_whole() {
     let cpu = Cpu::best();
     let case = Case::causal(3, 128, 64, 0, u32::MAX);
@@ -324,7 +369,7 @@ fn scores_are_capped() {
     for cpu in Cpu::available() {
         let case = Case::causal(2, 40, 16, 0, u32::MAX);
         let pages = case.f32_pages();
-        let pages: Vec<Page<'_>> = pages.iter().map(|(k, v)| Page::F32 { k, v }).collect();
+        let pages: Vec<View<'_>> = pages.iter().map(|(k, v)| Page::F32 { k, v }.into()).collect();
         let q: Vec<f32> = case.q.iter().map(|x| x * 1e4).collect();
         let (mut m, mut l, mut acc) = (vec![0.0; 2], vec![0.0; 2], vec![0.0; 32]);
         let mut state = StateMut {
