@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod logits;
 pub mod perplexity;
+pub mod tasks;
 
 /// Peak resident memory of this process in bytes, where the system tells.
 pub fn peak_rss() -> Option<usize> {
