@@ -147,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"id": "mock", "object": "model", "created": 0, "owned_by": "antefix", "context_length": 8192}]})
         if path == "/v1/methods":
             return self.send(200, {"methods": [
-                {"name": "exact", "description": "Every key, every query: the model as it was trained.", "knobs": []}]})
+                {"name": "jrt", "axis": "context", "summary": "Documents are read twice.", "exact": True, "knobs": [
+                    {"name": "times", "default": 2, "range": "1 to 4", "help": "How often the documents are written"}]}]})
         if path == "/v1/cache/tree":
             return self.send(200, state.tree())
         if path == "/v1/loads":

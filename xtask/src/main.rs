@@ -1,5 +1,6 @@
-//! Repository chores: `cargo xtask tidy`, `cargo xtask new-paper SLUG`.
+//! Repository chores: `cargo xtask tidy`, `cargo xtask new-paper SLUG`, `cargo xtask docs`.
 
+mod docs;
 mod new_paper;
 mod tidy;
 
@@ -14,7 +15,10 @@ fn main() -> ExitCode {
     let result = match words[..] {
         ["tidy"] => tidy::run(root),
         ["new-paper", slug] => new_paper::run(root, slug),
-        _ => Err("usage: cargo xtask tidy\n       cargo xtask new-paper SLUG".to_owned()),
+        ["docs"] => docs::run(root),
+        _ => Err(
+            "usage: cargo xtask tidy\n       cargo xtask new-paper SLUG\n       cargo xtask docs".to_owned(),
+        ),
     };
     match result {
         Ok(said) => {

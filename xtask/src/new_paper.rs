@@ -2,11 +2,11 @@
 
 use std::{fs, path::Path};
 
-/// Where `lib.rs` of the papers lists its modules.
-const FIRST: &str = "// papers: first";
-const LAST: &str = "// papers: last";
+/// Where `lib.rs` of the papers lists its modules, and where its methods.
+const MODULES: [&str; 2] = ["// papers: first", "// papers: last"];
+const METHODS: [&str; 2] = ["// methods: first", "// methods: last"];
 
-/// Makes `crates/papers/src/SLUG/` and its line in `lib.rs`.
+/// Makes `crates/papers/src/SLUG/` and its two lines in `lib.rs`: the module, and the method in `ALL`.
 pub(crate) fn run(root: &Path, slug: &str) -> Result<String, String> {
     let plain = slug.starts_with(|c: char| c.is_ascii_lowercase())
         && slug
@@ -28,7 +28,9 @@ pub(crate) fn run(root: &Path, slug: &str) -> Result<String, String> {
     let list = papers.join("src/lib.rs");
     let lib = fs::read_to_string(&list).map_err(|error| format!("{}: {error}", list.display()))?;
     // Before anything is written, so that a refusal leaves nothing behind.
-    let lib = with_module(&lib, slug).map_err(|what| format!("{}: {what}", list.display()))?;
+    let lib = with_line(&lib, MODULES, &format!("pub mod {slug};"))
+        .and_then(|lib| with_line(&lib, METHODS, &format!("&{slug}::{},", type_name(slug))))
+        .map_err(|what| format!("{}: {what}", list.display()))?;
     copy(&papers.join("_template"), &folder, slug)?;
     fs::write(&list, lib).map_err(|error| format!("{}: {error}", list.display()))?;
     Ok(format!(
@@ -47,28 +49,41 @@ fn copy(from: &Path, to: &Path, slug: &str) -> Result<(), String> {
         let entry = entry.map_err(failed(from))?;
         let text = fs::read_to_string(entry.path()).map_err(failed(&entry.path()))?;
         let file = to.join(entry.file_name());
-        fs::write(&file, text.replace("{{slug}}", slug)).map_err(failed(&file))?;
+        let text = text
+            .replace("{{slug}}", slug)
+            .replace("{{Type}}", &type_name(slug));
+        fs::write(&file, text).map_err(failed(&file))?;
     }
     Ok(())
 }
 
-/// `lib` with `pub mod slug;` between the markers, in alphabetical order.
-fn with_module(lib: &str, slug: &str) -> Result<String, String> {
-    let missing = || format!("the markers `{FIRST}` and `{LAST}` are missing");
-    let (head, rest) = lib.split_once(FIRST).ok_or_else(missing)?;
-    let (list, tail) = rest.split_once(LAST).ok_or_else(missing)?;
-    let line = format!("pub mod {slug};");
+/// `flex_prefill` as a type: `FlexPrefill`.
+fn type_name(slug: &str) -> String {
+    let capital = |word: &str| {
+        let (first, rest) = word.split_at(word.len().min(1));
+        first.to_ascii_uppercase() + rest
+    };
+    slug.split('_').map(capital).collect()
+}
+
+/// `lib` with `line` between two markers, in alphabetical order, indented as the markers are.
+fn with_line(lib: &str, [first, last]: [&str; 2], line: &str) -> Result<String, String> {
+    let missing = || format!("the markers `{first}` and `{last}` are missing");
+    let (head, rest) = lib.split_once(first).ok_or_else(missing)?;
+    let (list, tail) = rest.split_once(last).ok_or_else(missing)?;
+    let indent = &head[head.rfind('\n').map_or(0, |at| at + 1)..];
     let mut lines: Vec<&str> = list
         .lines()
         .map(str::trim)
         .filter(|line| !line.is_empty())
         .collect();
-    if lines.contains(&line.as_str()) {
-        return Err(format!("`{slug}` is listed already"));
+    if lines.contains(&line) {
+        return Err(format!("`{line}` is listed already"));
     }
-    lines.push(&line);
+    lines.push(line);
     lines.sort_unstable();
-    Ok(format!("{head}{FIRST}\n{}\n{LAST}{tail}", lines.join("\n")))
+    let lines: String = lines.iter().flat_map(|line| [indent, line, "\n"]).collect();
+    Ok(format!("{head}{first}\n{lines}{indent}{last}{tail}"))
 }
 
 #[cfg(test)]
@@ -76,13 +91,17 @@ mod tests {
     use super::*;
     use crate::Folder;
 
+    fn lib(modules: &str, methods: &str) -> String {
+        let ([a, b], [c, d]) = (MODULES, METHODS);
+        format!(
+            "//! Papers.\n\n{a}\n{modules}{b}\n\npub const ALL: &[M] = &[\n    {c}\n{methods}    {d}\n];\n"
+        )
+    }
+
     fn papers(test: &str) -> Folder {
         let real = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/papers/_template");
         let folder = Folder::new(test);
-        folder.write(
-            "crates/papers/src/lib.rs",
-            &format!("//! Papers.\n\n{FIRST}\n{LAST}\n\npub const N: u8 = 0;\n"),
-        );
+        folder.write("crates/papers/src/lib.rs", &lib("", ""));
         for entry in fs::read_dir(real).unwrap() {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
@@ -99,15 +118,14 @@ mod tests {
         let folder = papers("paper");
         run(&folder.0, "zeta").unwrap();
         run(&folder.0, "alpha_2").unwrap();
-        let lib = fs::read_to_string(folder.0.join("crates/papers/src/lib.rs")).unwrap();
-        assert_eq!(
-            lib,
-            format!(
-                "//! Papers.\n\n{FIRST}\npub mod alpha_2;\npub mod zeta;\n{LAST}\n\npub const N: u8 = 0;\n"
-            )
+        let written = fs::read_to_string(folder.0.join("crates/papers/src/lib.rs")).unwrap();
+        let want = lib(
+            "pub mod alpha_2;\npub mod zeta;\n",
+            "    &alpha_2::Alpha2,\n    &zeta::Zeta,\n",
         );
+        assert_eq!(written, want);
         let text = fs::read_to_string(folder.0.join("crates/papers/src/zeta/mod.rs")).unwrap();
-        assert!(text.contains("zeta") && !text.contains("{{slug}}"));
+        assert!(text.contains("pub struct Zeta;") && text.contains("zeta") && !text.contains("{{"));
         let headings: Vec<&str> = text
             .lines()
             .filter_map(|line| line.strip_prefix("//! # "))

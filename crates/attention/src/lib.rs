@@ -2,6 +2,7 @@
 
 mod attend;
 mod extra;
+pub mod method;
 mod sharing;
 
 pub use attend::{AttendError, Geometry, Scratch, attend};

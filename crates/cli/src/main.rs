@@ -38,6 +38,8 @@ enum Command {
     Detokenize(commands::tokenize::DetokenizeArgs),
     /// List, pull, show and remove models
     Models(commands::models::Args),
+    /// The methods that `--method` takes, with their knobs
+    Methods(commands::methods::Args),
     /// What would run: model facts, memory, kernels
     Explain(commands::explain::Args),
     /// What this machine can do, with measured ceilings
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),
         Command::Models(args) => commands::models::run(args),
+        Command::Methods(args) => commands::methods::run(&args),
         Command::Explain(args) => commands::explain::run(&args),
         Command::Doctor(args) => commands::doctor::run(&args),
         Command::Completions { shell } => {

@@ -2,6 +2,8 @@
 //!
 //! The first promise is invariance: the logits of a request are, bit for bit, those of the same request alone on a cold engine.
 
+pub mod method;
+
 use std::path::Path;
 use std::sync::Arc;
 

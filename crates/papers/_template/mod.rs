@@ -10,7 +10,7 @@
 //! 1. Numbered as in the paper, with the number of its section or equation. The code carries the same numbers.
 //!
 //! # Knobs
-//! Name, range, default, and the value at which the method becomes dense attention.
+//! What the table of knobs cannot say; the table itself is made from the card.
 //!
 //! # Cost
 //! Bytes read and products per step, against dense attention.
@@ -21,8 +21,42 @@
 //! # References
 //! Authors, title, year, where it appeared.
 
+use antefix_attention::method::{Axis, Card, Knobs, Method, Paper, Rig, RigError};
+
 pub mod reference;
 #[cfg(test)]
 mod repro;
 #[cfg(test)]
 mod tests;
+
+/// The method.
+pub struct {{Type}};
+
+static CARD: Card = Card {
+    name: "{{slug}}",
+    title: "",
+    axis: Axis::Prefill,
+    exact: false,
+    summary: "",
+    paper: Paper {
+        title: "",
+        authors: "",
+        year: 0,
+        reference: "",
+    },
+    knobs: &[],
+    query_dependent: false,
+    needs: &[],
+    neutral: None,
+    source: file!(),
+};
+
+impl Method for {{Type}} {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn install(&self, _knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError> {
+        Err(rig.misfit("it is not written yet"))
+    }
+}

@@ -3,6 +3,11 @@
 use super::reference::attention;
 
 #[test]
+fn it_conforms() {
+    antefix_conformance::method::check(&super::{{Type}});
+}
+
+#[test]
 fn equal_scores_give_the_mean_of_the_values() {
     let out = attention(&[0.0, 0.0], &[1.0, 2.0, -3.0, 4.0], &[1.0, 10.0, 3.0, 30.0], 2);
     assert!(

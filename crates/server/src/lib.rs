@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use antefix_attention::method::Method;
 use antefix_engine::{Engine, Options};
 use antefix_models::decoder::Model;
 use antefix_models::template::ChatTemplate;
@@ -47,6 +48,8 @@ pub struct Config {
     pub limits: Limits,
     /// API keys; none = everybody is let in.
     pub keys: Vec<KeyConfig>,
+    /// The methods that requests can choose from.
+    pub methods: &'static [&'static dyn Method],
     /// Refuse fields that we do not know instead of naming them in a header.
     pub strict: bool,
     /// Bytes of a request's body at most.
@@ -99,6 +102,7 @@ impl Server {
             template,
             context: config.engine.context.min(model.spec().context),
             strict: config.strict,
+            methods: config.methods,
             tenants,
             worker,
             meters,

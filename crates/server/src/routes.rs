@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use antefix_attention::method;
 use antefix_models::tokenizer::Specials;
 use antefix_state::PAGE_ROWS;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request, State};
@@ -199,13 +200,9 @@ async fn model(
     Ok(Json(model_json(&app, &name)))
 }
 
-async fn methods(_: Caller) -> Json<Value> {
-    let exact = json!({
-        "name": "exact",
-        "description": "Softmax attention over all keys; prefixes that requests share are read once for all of them.",
-        "knobs": [],
-    });
-    Json(json!({"methods": [exact]}))
+async fn methods(State(app): Shared, _: Caller) -> Json<Value> {
+    let cards: Vec<Value> = app.methods.iter().map(|m| method::card_json(m.card())).collect();
+    Json(json!({"methods": cards}))
 }
 
 /// Text or a conversation, to be looked at as tokens.

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use antefix_attention::method::Method;
 use antefix_constrain::{Grammar, GrammarError, Vocabulary};
 use antefix_engine::BoxedConstraint;
 use antefix_models::decoder::Model;
@@ -22,6 +23,7 @@ pub(crate) struct App {
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) context: usize,
     pub(crate) strict: bool,
+    pub(crate) methods: &'static [&'static dyn Method],
     pub(crate) tenants: Tenants,
     pub(crate) worker: Worker,
     pub(crate) meters: Arc<Meters>,

@@ -205,6 +205,7 @@ impl Knobs {
         app.check_model(self.model.as_deref())?;
         if let Some(method) = &self.method
             && method != "exact"
+            && method != "dense"
         {
             return Err(ApiError::param(
                 "method",

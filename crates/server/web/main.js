@@ -108,17 +108,16 @@ function pick(select, value) {
 
 function aboutMethod() {
   const method = methods.find((m) => m.name === $("method").value);
-  $("method-about").textContent = method?.description ?? "";
-  const range = (k) => [k.min, k.max].every((v) => v !== null && v !== undefined) ? `, ${k.min} to ${k.max}` : "";
+  $("method-about").textContent = method?.summary ?? "";
   $("method-knobs").replaceChildren(...(method?.knobs ?? []).map((knob) => h("div", {},
-    h("dt", {}, `${knob.name} = ${knob.default}${range(knob)}`), h("dd", {}, knob.description))));
+    h("dt", {}, `${knob.name} = ${knob.default}, ${knob.range}`), h("dd", {}, knob.help))));
 }
 
 async function connect() {
   const line = $("connection");
   try {
     const [models, known] = await Promise.all([api.models(), api.methods()]);
-    methods = known;
+    methods = [{ name: "dense", summary: "Every key, every query: the model as it was trained.", knobs: [] }, ...known];
     $("model").replaceChildren(...models.map((m) => h("option", { value: m.id },
       m.context_length ? `${m.id} (${m.context_length.toLocaleString("en")} tokens)` : m.id)));
     $("method").replaceChildren(...methods.map((m) => h("option", { value: m.name }, m.name)));

@@ -5,6 +5,7 @@ pub(crate) mod chat;
 pub(crate) mod doctor;
 pub(crate) mod explain;
 pub(crate) mod logits;
+pub(crate) mod methods;
 pub(crate) mod models;
 pub(crate) mod perplexity;
 pub(crate) mod run;

@@ -243,6 +243,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             queue: settings.queue,
         },
         keys: settings.keys,
+        methods: antefix_papers::ALL,
         strict: settings.strict,
         body_bytes: settings.body_mib << 20,
         body_timeout: Duration::from_secs(settings.body_timeout_s),

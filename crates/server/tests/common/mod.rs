@@ -33,6 +33,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
         },
         limits: Limits { queue: 64 },
         keys: Vec::new(),
+        methods: antefix_papers::ALL,
         strict: false,
         body_bytes: 1 << 20,
         body_timeout: Duration::from_secs(5),

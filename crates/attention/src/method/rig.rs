@@ -1,0 +1,237 @@
+//! The rig: methods hang their parts on the seams here, and what does not go together is refused by name.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::choice::Chosen;
+use super::facts::Facts;
+use super::program::Program;
+use super::prompt::PromptPass;
+use super::rotation::Stretch;
+
+/// Why methods cannot be installed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RigError {
+    /// Two methods hang their parts on a seam that holds one.
+    #[error("`{first}` and `{second}` do not go together: both {what}\nhint: choose one of them")]
+    Conflict {
+        /// Installed first.
+        first: &'static str,
+        /// Installed second.
+        second: &'static str,
+        /// What both do.
+        what: String,
+    },
+    /// The method does not fit the model.
+    #[error("`{method}` cannot run on `{model}`: {why}")]
+    Model {
+        /// The method.
+        method: &'static str,
+        /// The model.
+        model: String,
+        /// What is missing.
+        why: String,
+    },
+    /// A setting that only makes no sense together with others or with the model.
+    #[error("`{method}`: {why}")]
+    Setting {
+        /// The method.
+        method: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// A profile that cannot be used.
+    #[error("`{method}` needs a profile of kind `{kind}`: {why}\nhint: {hint}")]
+    Profile {
+        /// The method.
+        method: &'static str,
+        /// Such as `heads`.
+        kind: &'static str,
+        /// What is wrong.
+        why: String,
+        /// How to get one.
+        hint: String,
+    },
+}
+
+/// Where profiles are looked for: `FOLDER/KIND/NAME.json`, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Profiles {
+    /// Folders.
+    pub folders: Vec<PathBuf>,
+}
+
+impl Profiles {
+    /// The text of the profile `name` of this kind: a file of that path if there is one, or one in the folders.
+    ///
+    /// # Errors
+    /// When it is nowhere, or cannot be read; says where it was looked for.
+    pub fn read(&self, kind: &str, name: &str) -> Result<String, String> {
+        let own = Path::new(name);
+        let places = self
+            .folders
+            .iter()
+            .map(|f| f.join(kind).join(format!("{name}.json")));
+        let found = own
+            .is_file()
+            .then(|| own.to_path_buf())
+            .into_iter()
+            .chain(places)
+            .find(|p| p.is_file());
+        let Some(path) = found else {
+            let looked: Vec<String> = self
+                .folders
+                .iter()
+                .map(|f| f.join(kind).display().to_string())
+                .collect();
+            return Err(format!("`{name}` is no file, and not in {}", looked.join(", ")));
+        };
+        std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
+    }
+}
+
+/// A part on a seam, and whose it is.
+struct Hung<T> {
+    owner: &'static str,
+    part: T,
+}
+
+/// What the methods of one request have installed so far.
+pub struct Rig<'m> {
+    facts: &'m Facts,
+    profiles: &'m Profiles,
+    installing: &'static str,
+    prompt: Vec<Hung<Arc<dyn PromptPass>>>,
+    stretch: Option<Hung<Stretch>>,
+}
+
+impl fmt::Debug for Rig<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let owners = self
+            .prompt
+            .iter()
+            .map(|h| h.owner)
+            .chain(self.stretch.iter().map(|h| h.owner));
+        f.debug_list().entries(owners).finish()
+    }
+}
+
+/// Hangs `part` on a seam that holds one.
+fn hang<T>(seam: &mut Option<Hung<T>>, owner: &'static str, what: &str, part: T) -> Result<(), RigError> {
+    match seam {
+        Some(first) => Err(RigError::Conflict {
+            first: first.owner,
+            second: owner,
+            what: what.to_string(),
+        }),
+        None => {
+            *seam = Some(Hung { owner, part });
+            Ok(())
+        }
+    }
+}
+
+impl<'m> Rig<'m> {
+    /// Installs `chosen` on a model, in the order of their axes, and checks that the parts go together.
+    ///
+    /// # Errors
+    /// When a method does not fit the model, or two do not go together.
+    pub fn assemble(
+        facts: &'m Facts,
+        profiles: &'m Profiles,
+        chosen: &[Chosen],
+    ) -> Result<Program, RigError> {
+        let mut rig = Self {
+            facts,
+            profiles,
+            installing: "",
+            prompt: Vec::new(),
+            stretch: None,
+        };
+        let mut chosen = chosen.to_vec();
+        chosen.sort_by_key(|c| c.card().axis);
+        for pair in chosen.windows(2) {
+            let [first, second] = [pair[0].card(), pair[1].card()];
+            if first.axis == second.axis {
+                return Err(RigError::Conflict {
+                    first: first.name,
+                    second: second.name,
+                    what: format!("are methods of the axis `{}`", first.axis),
+                });
+            }
+        }
+        for c in &chosen {
+            rig.installing = c.card().name;
+            c.method.install(&c.knobs, &mut rig)?;
+        }
+        Ok(rig.finish(&chosen))
+    }
+
+    fn finish(self, chosen: &[Chosen]) -> Program {
+        let exact = chosen.iter().all(|c| c.card().exact);
+        Program::new(
+            chosen.iter().map(|c| (c.card().axis, c.knobs.clone())).collect(),
+            exact,
+            self.prompt.into_iter().map(|h| h.part).collect(),
+            self.stretch.map(|h| h.part).unwrap_or_default(),
+        )
+    }
+
+    /// The model that the methods are installed on.
+    pub fn facts(&self) -> &'m Facts {
+        self.facts
+    }
+
+    /// The text of a profile of the model.
+    ///
+    /// # Errors
+    /// When there is none of this name; `hint` says how to get one.
+    pub fn profile(&self, kind: &'static str, name: &str, hint: &str) -> Result<String, RigError> {
+        self.profiles.read(kind, name).map_err(|why| RigError::Profile {
+            method: self.installing,
+            kind,
+            why,
+            hint: hint.to_string(),
+        })
+    }
+
+    /// An error that says why the method does not fit the model.
+    pub fn misfit(&self, why: impl Into<String>) -> RigError {
+        RigError::Model {
+            method: self.installing,
+            model: self.facts.name.clone(),
+            why: why.into(),
+        }
+    }
+
+    /// An error about settings that each are in range.
+    pub fn senseless(&self, why: impl Into<String>) -> RigError {
+        RigError::Setting {
+            method: self.installing,
+            why: why.into(),
+        }
+    }
+
+    /// Rewrites prompts, after the passes that are there already.
+    pub fn add_prompt_pass(&mut self, pass: Arc<dyn PromptPass>) {
+        self.prompt.push(Hung {
+            owner: self.installing,
+            part: pass,
+        });
+    }
+
+    /// Changes angles and scales.
+    ///
+    /// # Errors
+    /// When another method does.
+    pub fn set_stretch(&mut self, stretch: Stretch) -> Result<(), RigError> {
+        hang(
+            &mut self.stretch,
+            self.installing,
+            "set the angles of positions",
+            stretch,
+        )
+    }
+}
