@@ -2,12 +2,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use antefix_kv::{KvError, Pool, Radix, SeqKv};
 use antefix_models::decoder::{Extra, ForwardError, Input, Model, Scratch};
 use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
 
+use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabouts};
 use crate::job::{Job, JobError};
 use crate::sampler::{Sampler, log_probs};
 use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
@@ -58,6 +60,8 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Of those, taken from the prefix cache.
     pub cached_tokens: usize,
+    /// Of those, read for this request from a tier below the memory.
+    pub loaded_tokens: usize,
     /// Tokens generated.
     pub completion_tokens: usize,
 }
@@ -131,8 +135,11 @@ struct Seq {
     /// Prompt and answer so far.
     tokens: Vec<u32>,
     prompt: usize,
-    /// Prompt tokens taken from the cache when it first started.
+    /// Prompt tokens taken from the cache when it first started, and how many of them a tier had brought.
     cached: Option<usize>,
+    loaded: usize,
+    /// The tiers have been asked for its prompt, or need not be.
+    looked_below: bool,
     sampler: Sampler,
     decoder: StreamDecoder,
     stop: StopMatcher,
@@ -150,6 +157,8 @@ impl Seq {
             prompt: tokens.len(),
             tokens,
             cached: None,
+            loaded: 0,
+            looked_below: job.no_cache || job.prompt_logprobs,
             sampler: Sampler::new(job.sampling.clone()),
             decoder: StreamDecoder::new(),
             stop: StopMatcher::new(job.stop.clone()),
@@ -172,6 +181,7 @@ impl Seq {
         Usage {
             prompt_tokens: self.prompt,
             cached_tokens: self.cached.unwrap_or(0),
+            loaded_tokens: self.loaded,
             completion_tokens: self.tokens.len() - self.prompt,
         }
     }
@@ -204,7 +214,7 @@ pub struct Engine {
     tokenizer: Arc<Tokenizer>,
     options: Options,
     pool: Pool,
-    radix: Radix,
+    cache: Cache,
     waiting: Vec<Seq>,
     running: Vec<Seq>,
     /// Rows computed for each tenant that waits or runs; a new one starts level with the least of them.
@@ -220,6 +230,7 @@ impl Engine {
     /// An engine with an empty cache.
     pub fn new(model: Arc<Model>, tokenizer: Arc<Tokenizer>, options: Options) -> Self {
         let pool = Pool::new(model.kv_shape(), options.kv_bytes);
+        let cache = Cache::new(model.spec(), CacheOptions::default());
         let options = Options {
             context: options.context.min(model.spec().context),
             ..options
@@ -229,7 +240,7 @@ impl Engine {
             tokenizer,
             options,
             pool,
-            radix: Radix::new(),
+            cache,
             waiting: Vec::new(),
             running: Vec::new(),
             used: HashMap::new(),
@@ -239,6 +250,14 @@ impl Engine {
             logits: Vec::new(),
             masked: Vec::new(),
         }
+    }
+
+    /// The same engine, caching as `options` say. What was cached before is forgotten.
+    #[must_use]
+    pub fn with_cache(mut self, options: CacheOptions) -> Self {
+        self.cache.clear(&mut self.pool);
+        self.cache = Cache::new(self.model.spec(), options);
+        self
     }
 
     /// The model.
@@ -263,7 +282,48 @@ impl Engine {
 
     /// The cached prefixes.
     pub fn radix(&self) -> &Radix {
-        &self.radix
+        self.cache.radix()
+    }
+
+    /// As if `by` had passed for what is cached: for tests of what expires.
+    pub fn advance_cache(&mut self, by: Duration) {
+        self.cache.radix_mut().advance(by);
+    }
+
+    /// Figures of the cache.
+    pub fn cache_stats(&self) -> CacheStats {
+        self.cache.stats()
+    }
+
+    /// Where `tokens` would be found under `salt`. Changes nothing.
+    pub fn whereabouts(&self, tokens: &[u32], salt: u64) -> Whereabouts {
+        self.cache.whereabouts(tokens, salt)
+    }
+
+    /// Keeps what is cached of `tokens` in memory until [`Engine::unpin`], and returns how many tokens that are. Pins count.
+    ///
+    /// # Errors
+    /// When a request of the whole context would not fit any more.
+    pub fn pin(&mut self, tokens: &[u32], salt: u64) -> Result<usize, PinError> {
+        self.cache.pin(&self.pool, tokens, salt, self.options.context)
+    }
+
+    /// Takes a pin off `tokens`, and returns how many tokens had one.
+    pub fn unpin(&mut self, tokens: &[u32], salt: u64) -> usize {
+        self.cache.unpin(tokens, salt)
+    }
+
+    /// What else is to be done when no request is there: blocks go to the tiers, old ones are forgotten. Whether there is more
+    /// that can be done at once.
+    pub fn tend_cache(&mut self) -> bool {
+        self.cache.work(&mut self.pool);
+        self.cache.has_work()
+    }
+
+    /// Stores in the tiers whatever is cached, and waits for it at most for `patience`; `false` if that was not enough, or a tier
+    /// does not take it.
+    pub fn store_cache(&mut self, patience: Duration) -> bool {
+        self.cache.store_all(&self.pool, patience)
     }
 
     /// Figures of the moment.
@@ -280,9 +340,9 @@ impl Engine {
         self.running.iter().map(|s| (s.id, s.tokens.as_slice()))
     }
 
-    /// How many of `tokens` a request under `salt` would find cached now.
+    /// How many of `tokens` a request under `salt` would find in memory now.
     pub fn cached(&self, tokens: &[u32], salt: u64) -> usize {
-        self.radix.matched(tokens, salt)
+        self.cache.matched(tokens, salt)
     }
 
     /// Takes a request in. It waits until memory is there for its prompt and the start of its answer.
@@ -323,9 +383,9 @@ impl Engine {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Forgets every cached prefix.
+    /// Forgets every cached prefix in memory, pinned ones as well; tiers keep theirs.
     pub fn clear_cache(&mut self) {
-        self.radix.clear(&mut self.pool);
+        self.cache.clear(&mut self.pool);
     }
 
     /// Runs one batch and appends what happened to `events`. Does nothing when idle.
@@ -333,7 +393,11 @@ impl Engine {
     /// # Errors
     /// When the model failed; the sequences of the batch end with [`Done::Failed`].
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<StepReport, EngineError> {
+        self.cache.work(&mut self.pool);
         self.admit()?;
+        if self.running.is_empty() {
+            self.cache.wait_for_block();
+        }
         let views: Vec<SeqView> = self
             .running
             .iter()
@@ -394,8 +458,9 @@ impl Engine {
             seq.kv.commit(part.tokens);
             let done = seq.kv.len();
             if !had_prompt && done >= seq.prompt && !seq.job.no_cache {
-                self.radix
-                    .insert(&mut self.pool, &seq.tokens[..seq.prompt], seq.job.salt, &seq.kv);
+                let (tokens, salt) = (&seq.tokens[..seq.prompt], seq.job.salt);
+                self.cache
+                    .insert(&mut self.pool, tokens, salt, &seq.kv, seq.job.keep);
             }
             let last = (done == seq.tokens.len() && wanted > 0).then_some(done - 1);
             for (row, at) in rows.by_ref().take(wanted).zip(done - wanted..) {
@@ -434,17 +499,19 @@ impl Engine {
 
     /// Starts waiting requests, the next in line first, as long as memory for their prompts is there.
     fn admit(&mut self) -> Result<(), EngineError> {
+        self.look_below();
         loop {
-            let line: Vec<WaitView> = self
-                .waiting
+            let ready: Vec<usize> = self.ready().collect();
+            let line: Vec<WaitView> = ready
                 .iter()
+                .map(|&at| &self.waiting[at])
                 .map(|s| WaitView {
                     priority: s.job.priority,
                     used: self.used.get(&s.job.tenant).copied().unwrap_or(0),
                     id: s.id,
                 })
                 .collect();
-            let Some(at) = next_in_line(&line) else {
+            let Some(at) = next_in_line(&line).map(|i| ready[i]) else {
                 return Ok(());
             };
             let seq = &self.waiting[at];
@@ -457,7 +524,7 @@ impl Engine {
             let mut kv = match seq.job.no_cache || seq.job.prompt_logprobs {
                 true => SeqKv::new(self.pool.shape()),
                 false => self
-                    .radix
+                    .cache
                     .lookup(&mut self.pool, &seq.tokens[..known - 1], seq.job.salt),
             };
             let cached = kv.len();
@@ -467,7 +534,7 @@ impl Engine {
             let spare = self.pool.shape().block_bytes() * self.running.len();
             let need = self.pool.bytes_for(more + PAGE_ROWS);
             if self.pool.free_bytes() < need + spare {
-                self.radix.evict(&mut self.pool, need + spare);
+                self.cache.evict(&mut self.pool, need + spare);
             }
             let enough = self.running.is_empty() || self.pool.free_bytes() >= need + spare;
             let reserved = match enough {
@@ -479,6 +546,10 @@ impl Engine {
             };
             if let Err(error) = reserved {
                 self.pool.release(kv);
+                if self.running.is_empty() && self.cache.give_loads_up(&mut self.pool) {
+                    self.cache.evict(&mut self.pool, need);
+                    continue;
+                }
                 // Somebody who runs will end and free memory; alone it must fit, or `submit` would have refused.
                 return match self.running.is_empty() {
                     true => Err(error.into()),
@@ -487,9 +558,32 @@ impl Engine {
             }
             let mut seq = self.waiting.remove(at);
             seq.kv = kv;
-            seq.cached.get_or_insert(cached);
+            let came = self.cache.take_loaded(&mut self.pool, seq.id);
+            if seq.cached.is_none() {
+                seq.cached = Some(cached);
+                seq.loaded = cached.min(came.to).saturating_sub(came.from);
+            }
             self.running.push(seq);
         }
+    }
+
+    /// Has the tiers asked for prompts of which they may have more than the memory.
+    fn look_below(&mut self) {
+        for seq in self.waiting.iter_mut().filter(|s| !s.looked_below) {
+            let asking = Asking {
+                id: seq.id,
+                tokens: &seq.tokens[..seq.tokens.len() - 1],
+                salt: seq.job.salt,
+                keep: seq.job.keep,
+            };
+            seq.looked_below = self.cache.look_below(&mut self.pool, &asking);
+        }
+    }
+
+    /// Waiting requests that no tier is bringing anything for.
+    fn ready(&self) -> impl Iterator<Item = usize> {
+        let ready = |s: &Seq| s.looked_below && !self.cache.is_loading(s.id);
+        (0..self.waiting.len()).filter(move |&at| ready(&self.waiting[at]))
     }
 
     /// Reserves the pages that `parts` will write. When there are none left, cached prefixes go first; then the sequences that
@@ -502,10 +596,13 @@ impl Engine {
                     break;
                 };
                 let short = self.pool.bytes_for(part.tokens + PAGE_ROWS);
-                self.radix.evict(&mut self.pool, short);
+                self.cache.evict(&mut self.pool, short);
                 let seq = &mut self.running[at];
                 if self.pool.reserve(&mut seq.kv, part.tokens).is_ok() {
                     break;
+                }
+                if self.cache.give_loads_up(&mut self.pool) {
+                    continue;
                 }
                 if self.running.len() == 1 {
                     return Err(error.into());
@@ -524,11 +621,13 @@ impl Engine {
         let mut seq = self.running.remove(at);
         let kv = std::mem::replace(&mut seq.kv, SeqKv::new(self.pool.shape()));
         if !seq.job.no_cache {
-            self.radix
-                .insert(&mut self.pool, &seq.tokens[..kv.len()], seq.job.salt, &kv);
+            let tokens = &seq.tokens[..kv.len()];
+            self.cache
+                .insert(&mut self.pool, tokens, seq.job.salt, &kv, seq.job.keep);
         }
         self.pool.release(kv);
         seq.prompt_logprobs.clear();
+        seq.looked_below = seq.job.no_cache || seq.job.prompt_logprobs;
         self.preempted += 1;
         self.waiting.push(seq);
     }
@@ -544,7 +643,7 @@ impl Engine {
             pairs.take_while(|(a, b)| a == b).count() / PAGE_ROWS * PAGE_ROWS
         };
         let most = computing.map(in_common).max().unwrap_or(0);
-        most > 0 && most > self.radix.matched(known, seq.job.salt)
+        most > 0 && most > self.cache.matched(known, seq.job.salt)
     }
 
     /// Ends the running sequences that `why` names.
@@ -580,9 +679,11 @@ impl Engine {
         });
         // The answer is the start of the next turn's prompt.
         if done != Done::Failed && seq.kv.len() >= seq.prompt && !seq.job.no_cache {
-            self.radix
-                .insert(&mut self.pool, &seq.tokens[..seq.kv.len()], seq.job.salt, &seq.kv);
+            let (tokens, salt) = (&seq.tokens[..seq.kv.len()], seq.job.salt);
+            self.cache
+                .insert(&mut self.pool, tokens, salt, &seq.kv, seq.job.keep);
         }
+        self.cache.take_loaded(&mut self.pool, seq.id);
         self.pool.release(seq.kv);
         let tenant = seq.job.tenant;
         let still = |s: &Seq| s.job.tenant == tenant;

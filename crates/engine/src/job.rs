@@ -1,5 +1,7 @@
 //! A request, checked: having a [`Job`] proves that it can run on the model it was made for.
 
+use antefix_kv::Keep;
+
 use crate::constraint::BoxedConstraint;
 use crate::sampler::{RawSampling, Sampling, SamplingError};
 
@@ -23,6 +25,8 @@ pub struct RawJob {
     pub salt: u64,
     /// Neither read nor fill the prefix cache.
     pub no_cache: bool,
+    /// How long what it leaves in the prefix cache is kept.
+    pub keep: Keep,
     /// Report every drawn token's log-probability.
     pub want_logprobs: bool,
     /// Report the log-probabilities of this many most likely tokens beside each drawn one; at most [`MAX_TOP_LOGPROBS`].
@@ -100,6 +104,7 @@ pub struct Job {
     pub(crate) ignore_eos: bool,
     pub(crate) salt: u64,
     pub(crate) no_cache: bool,
+    pub(crate) keep: Keep,
     pub(crate) want_logprobs: bool,
     pub(crate) top_logprobs: usize,
     pub(crate) prompt_logprobs: bool,
@@ -142,6 +147,7 @@ impl Job {
             ignore_eos: raw.ignore_eos,
             salt: raw.salt,
             no_cache: raw.no_cache,
+            keep: raw.keep,
             want_logprobs: raw.want_logprobs,
             top_logprobs: raw.top_logprobs,
             prompt_logprobs: raw.prompt_logprobs,

@@ -2,6 +2,7 @@
 //!
 //! The engine never blocks and owns no thread: [`Engine::step`] runs one batch and reports what happened through events.
 
+mod cache;
 mod constraint;
 mod engine;
 mod job;
@@ -10,6 +11,8 @@ mod schedule;
 mod session;
 mod stop;
 
+pub use antefix_kv::Keep;
+pub use cache::{CacheOptions, CacheStats, IdentityError, PinError, Whereabouts, identity};
 pub use constraint::{BoxedConstraint, Constraint, ConstraintFailed};
 pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
 pub use job::{Job, JobError, MAX_TOP_LOGPROBS, RawJob};

@@ -351,10 +351,15 @@ impl Pool {
             (block + 1) * PAGE_ROWS <= seq.len,
             "only full blocks leave the pool"
         );
+        self.export_pages(&seq.block(block), out);
+    }
+
+    /// The same for the pages of a block, `[layer * Hk + head]`, whoever holds them.
+    pub fn export_pages(&self, pages: &[PageId], out: &mut Vec<u8>) {
         out.clear();
         out.reserve(self.shape.block_bytes());
-        for table in &seq.tables {
-            match self.page(table[block]) {
+        for &page in pages {
+            match self.page(page) {
                 Page::Bf16 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
                 Page::F32 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
             }

@@ -289,6 +289,27 @@ impl ModelFiles {
         hash.0
     }
 
+    /// A hash of everything that the model computes with: its description, the header of its file and every byte of every tensor.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read any more.
+    pub fn digest(&self) -> Result<[u8; 32], LoadError> {
+        let mut hash = blake3::Hasher::new_derive_key("antefix model digest, version 1");
+        hash.update(format!("{:?}", self.spec).as_bytes());
+        if let Source::Gguf(gguf) = &self.source {
+            hash.update(gguf.header());
+        }
+        for role in Role::all(self.spec.layers) {
+            let Some(tensor) = self.tensor(role)? else {
+                continue;
+            };
+            hash.update(format!("{role:?} {:?} {}", tensor.format, tensor.bytes.len()).as_bytes());
+            hash.update(&tensor.bytes);
+        }
+        self.drop_pages();
+        Ok(*hash.finalize().as_bytes())
+    }
+
     /// Hint that the mapped pages are not needed for now, so that resident memory falls once weights are packed.
     /// Tensors stay usable; reading them brings the pages back.
     pub fn drop_pages(&self) {

@@ -352,11 +352,13 @@ pub(crate) fn total(usages: &[Usage], per_prompt: usize) -> Usage {
         .map(|same| Usage {
             prompt_tokens: same.first().map_or(0, |u| u.prompt_tokens),
             cached_tokens: same.iter().map(|u| u.cached_tokens).min().unwrap_or(0),
+            loaded_tokens: same.iter().map(|u| u.loaded_tokens).max().unwrap_or(0),
             completion_tokens: same.iter().map(|u| u.completion_tokens).sum(),
         })
         .fold(Usage::default(), |a, b| Usage {
             prompt_tokens: a.prompt_tokens + b.prompt_tokens,
             cached_tokens: a.cached_tokens + b.cached_tokens,
+            loaded_tokens: a.loaded_tokens + b.loaded_tokens,
             completion_tokens: a.completion_tokens + b.completion_tokens,
         })
 }

@@ -12,7 +12,7 @@
 
 use twox_hash::XxHash3_64;
 
-use super::key::{BlockTokens, Key, Namespace};
+use crate::key::{BlockTokens, Fingerprint, Key, Namespace};
 
 /// Records start at multiples of this, so that a search for the next one after damage looks at few places.
 pub(super) const ALIGN: u64 = 64;
@@ -69,23 +69,23 @@ fn unseal(bytes: &[u8]) -> Option<&[u8]> {
     (checksum(body) == u64::from_le_bytes(*sum)).then_some(body)
 }
 
-pub(super) fn write_segment_header(out: &mut Vec<u8>, number: u64, fingerprint: &[u8; 32]) {
+pub(super) fn write_segment_header(out: &mut Vec<u8>, number: u64, fingerprint: &Fingerprint) {
     let start = out.len();
     out.extend(SEGMENT_MAGIC);
     out.extend(VERSION.to_le_bytes());
     out.extend([0; 4]);
     out.extend(number.to_le_bytes());
-    out.extend(fingerprint);
+    out.extend(fingerprint.0);
     seal(out, start);
 }
 
 /// The identity of segment `number`, if these bytes are its header.
-pub(super) fn read_segment_header(bytes: &[u8], number: u64) -> Option<[u8; 32]> {
+pub(super) fn read_segment_header(bytes: &[u8], number: u64) -> Option<Fingerprint> {
     let mut fields = Fields(unseal(bytes)?);
     let known = fields.bytes()? == SEGMENT_MAGIC && fields.u32()? == VERSION;
     let here = fields.bytes()? == [0; 4] && fields.u64()? == number;
     (known && here).then_some(())?;
-    fields.bytes()
+    fields.bytes().map(Fingerprint)
 }
 
 /// What stands before a payload.
@@ -178,14 +178,19 @@ impl Entry {
 }
 
 /// An index file of segment `number`, whose file has `data_len` bytes.
-pub(super) fn write_index(number: u64, data_len: u64, fingerprint: &[u8; 32], entries: &[Entry]) -> Vec<u8> {
+pub(super) fn write_index(
+    number: u64,
+    data_len: u64,
+    fingerprint: &Fingerprint,
+    entries: &[Entry],
+) -> Vec<u8> {
     let mut out = Vec::with_capacity(INDEX_BASE + entries.len() * INDEX_ENTRY);
     out.extend(INDEX_MAGIC);
     out.extend(VERSION.to_le_bytes());
     out.extend((entries.len() as u32).to_le_bytes());
     out.extend(number.to_le_bytes());
     out.extend(data_len.to_le_bytes());
-    out.extend(fingerprint);
+    out.extend(fingerprint.0);
     for entry in entries {
         out.extend(entry.key.0);
         out.extend(entry.namespace.0);
@@ -202,12 +207,12 @@ pub(super) fn read_index(
     bytes: &[u8],
     number: u64,
     data_len: u64,
-    fingerprint: &[u8; 32],
+    fingerprint: &Fingerprint,
 ) -> Option<Vec<Entry>> {
     let mut fields = Fields(unseal(bytes)?);
     let known = fields.bytes()? == INDEX_MAGIC && fields.u32()? == VERSION;
     let count = fields.u32()? as usize;
-    let here = fields.u64()? == number && fields.u64()? == data_len && fields.bytes()? == *fingerprint;
+    let here = fields.u64()? == number && fields.u64()? == data_len && fields.bytes()? == fingerprint.0;
     (known && here && fields.0.len() == count.checked_mul(INDEX_ENTRY)?).then_some(())?;
     let mut entries = Vec::with_capacity(count);
     for _ in 0..count {
@@ -259,16 +264,16 @@ mod tests {
     fn any_flipped_bit_of_a_header_or_an_index_is_seen() {
         let mut headers = [Vec::new(), Vec::new()];
         record().write(&mut headers[0]);
-        write_segment_header(&mut headers[1], 7, &[5; 32]);
-        let index = write_index(7, 1024, &[5; 32], &[record().entry()]);
+        write_segment_header(&mut headers[1], 7, &Fingerprint([5; 32]));
+        let index = write_index(7, 1024, &Fingerprint([5; 32]), &[record().entry()]);
         assert_eq!(headers[1].len(), SEGMENT_HEADER);
         assert_eq!(index.len(), INDEX_BASE + INDEX_ENTRY);
-        assert_eq!(read_segment_header(&headers[1], 7), Some([5; 32]));
+        assert_eq!(read_segment_header(&headers[1], 7), Some(Fingerprint([5; 32])));
         assert_eq!(
-            read_index(&index, 7, 1024, &[5; 32]),
+            read_index(&index, 7, 1024, &Fingerprint([5; 32])),
             Some(vec![record().entry()])
         );
-        assert_eq!(read_index(&index, 7, 1025, &[5; 32]), None);
+        assert_eq!(read_index(&index, 7, 1025, &Fingerprint([5; 32])), None);
         let flips = |bytes: &[u8], read: &dyn Fn(&[u8]) -> bool| {
             assert!(read(bytes));
             for bit in 0..bytes.len() * 8 {
@@ -279,6 +284,8 @@ mod tests {
         };
         flips(&headers[0], &|b| Record::read(b, 7, 640).is_some());
         flips(&headers[1], &|b| read_segment_header(b, 7).is_some());
-        flips(&index, &|b| read_index(b, 7, 1024, &[5; 32]).is_some());
+        flips(&index, &|b| {
+            read_index(b, 7, 1024, &Fingerprint([5; 32])).is_some()
+        });
     }
 }

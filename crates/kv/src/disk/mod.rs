@@ -10,14 +10,14 @@
 //! models as well. *Never in the way:* reading has no errors, only misses; the first failed write switches writing off, and
 //! [`DiskTier::writing`] says why. *One writer:* who opens a folder that somebody writes gets a tier that only reads.
 
+mod directory;
 mod format;
-mod key;
 mod report;
 mod segment;
 mod writer;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
@@ -27,8 +27,10 @@ use std::{
 
 use antefix_state::PAGE_ROWS;
 
-pub use key::{BlockTokens, Identity, Key};
+pub use directory::Directory;
 pub use report::{BadRecord, DiskStats, Listed, Verified};
+
+use crate::key::{BlockTokens, Fingerprint, Identity, Key};
 
 use format::{
     Entry, INDEX_BASE, INDEX_ENTRY, MAX_PAYLOAD, RECORD_HEADER, Record, SEGMENT_HEADER, record_bytes,
@@ -122,9 +124,9 @@ struct Counters {
 #[derive(Debug)]
 pub struct DiskTier {
     dir: PathBuf,
-    fingerprint: [u8; 32],
+    fingerprint: Fingerprint,
     limits: Limits,
-    index: HashMap<Key, Place>,
+    index: Directory,
     segments: BTreeMap<u64, Segment>,
     active: Option<Writer>,
     next_number: u64,
@@ -156,7 +158,7 @@ impl DiskTier {
             dir: dir.to_owned(),
             fingerprint: identity.fingerprint(),
             limits,
-            index: HashMap::new(),
+            index: Directory::new(limits.ttl),
             segments: BTreeMap::new(),
             active: None,
             next_number: 1,
@@ -231,7 +233,7 @@ impl DiskTier {
 
     /// The parent of the first block of a prompt under `salt`.
     pub fn root(&self, salt: u64) -> Key {
-        Key::root(&self.fingerprint, salt)
+        self.fingerprint.root(salt)
     }
 
     /// Why nothing is written.
@@ -247,6 +249,11 @@ impl DiskTier {
         self.index
             .get(key)
             .is_some_and(|place| !self.expired(place.entry.created))
+    }
+
+    /// Where the blocks are, to be asked from other threads.
+    pub fn directory(&self) -> Directory {
+        self.index.clone()
     }
 
     /// How many of `tokens` are remembered under `salt`; a multiple of 32. Reads no file, so it is a promise only.
@@ -273,8 +280,8 @@ impl DiskTier {
         payload: &[u8],
     ) -> Result<Key, DiskError> {
         let key = parent.child(tokens);
-        if self.contains(&key) {
-            self.touch(self.index[&key].segment);
+        if let Some(place) = self.index.get(&key).filter(|p| !self.expired(p.entry.created)) {
+            self.touch(place.segment);
             return Ok(key);
         }
         self.writing()?;
@@ -335,7 +342,7 @@ impl DiskTier {
     ) -> Option<Key> {
         let key = parent.child(tokens);
         let namespace = self.root(salt).namespace();
-        let place = self.index.get(&key).copied();
+        let place = self.index.get(&key);
         let place = place.filter(|p| p.entry.namespace == namespace && !self.expired(p.entry.created));
         let Some(place) = place else {
             self.counters.misses += 1;
@@ -475,12 +482,8 @@ impl DiskTier {
 
     /// What is found in a segment, in the order of offsets.
     fn entries_of(&self, number: u64) -> Vec<Entry> {
-        let mut entries: Vec<Entry> = self
-            .index
-            .values()
-            .filter(|p| p.segment == number)
-            .map(|p| p.entry)
-            .collect();
+        let places = self.index.of_segment(number);
+        let mut entries: Vec<Entry> = places.into_iter().map(|p| p.entry).collect();
         entries.sort_unstable_by_key(|e| e.offset);
         entries
     }

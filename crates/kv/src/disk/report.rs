@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, fs::File, path::PathBuf, time::Duration};
 
+use crate::key::{Fingerprint, Key, Namespace};
+
 use super::{
     DiskError, DiskTier,
     format::Record,
-    key::{Key, Namespace},
     now,
     segment::{data_path, identity, read_payload, scan, short},
 };
@@ -107,7 +108,7 @@ impl DiskTier {
     /// Everything on disk by model and tenant, as the headers of the records say; blocks that only wait in memory are left out.
     pub fn ls(&self) -> impl Iterator<Item = Listed> {
         let now = now();
-        let mut groups: BTreeMap<(Option<[u8; 32]>, Namespace), Listed> = BTreeMap::new();
+        let mut groups: BTreeMap<(Option<Fingerprint>, Namespace), Listed> = BTreeMap::new();
         for &number in self.segments.keys() {
             let Ok(file) = File::open(data_path(&self.dir, number)) else {
                 continue;
@@ -116,7 +117,7 @@ impl DiskTier {
             let note = |record: Record| {
                 let age = Duration::from_secs(u64::from(now.saturating_sub(record.created)));
                 let group = groups.entry((model, record.namespace)).or_insert_with(|| Listed {
-                    model: model.map(|m| short(&m)).unwrap_or_default(),
+                    model: model.map(|m| short(&m.0)).unwrap_or_default(),
                     own: model == Some(self.fingerprint),
                     salt: short(&record.namespace.0),
                     blocks: 0,

@@ -8,12 +8,11 @@ use std::{
     time::SystemTime,
 };
 
-use super::{
-    format::{
-        ALIGN, Entry, INDEX_BASE, INDEX_ENTRY, RECORD_HEADER, RECORD_MAGIC, Record, SEGMENT_HEADER, checksum,
-        read_index, read_segment_header, write_index,
-    },
-    key::hex,
+use crate::key::{Fingerprint, hex};
+
+use super::format::{
+    ALIGN, Entry, INDEX_BASE, INDEX_ENTRY, RECORD_HEADER, RECORD_MAGIC, Record, SEGMENT_HEADER, checksum,
+    read_index, read_segment_header, write_index,
 };
 
 /// What is known of a segment.
@@ -79,7 +78,7 @@ pub(super) fn read_payload(mut file: &File, record: &Record, payload: &mut Vec<u
 }
 
 /// The identity that a segment's header names. Nothing when the header is damaged.
-pub(super) fn identity(file: &File, number: u64) -> Option<[u8; 32]> {
+pub(super) fn identity(file: &File, number: u64) -> Option<Fingerprint> {
     let mut header = [0; SEGMENT_HEADER];
     read_at(file, 0, &mut header).ok()?;
     read_segment_header(&header, number)
@@ -132,7 +131,7 @@ fn next_magic(file: &File, from: u64, len: u64) -> io::Result<u64> {
 pub(super) fn load(
     dir: &Path,
     number: u64,
-    fingerprint: &[u8; 32],
+    fingerprint: &Fingerprint,
     rewrite: bool,
 ) -> io::Result<(Segment, Vec<Entry>)> {
     let file = File::open(data_path(dir, number))?;
@@ -176,7 +175,7 @@ pub(super) fn save_index(
     dir: &Path,
     number: u64,
     data_len: u64,
-    fingerprint: &[u8; 32],
+    fingerprint: &Fingerprint,
     entries: &[Entry],
 ) -> io::Result<()> {
     let bytes = write_index(number, data_len, fingerprint, entries);

@@ -52,7 +52,7 @@ fn a_hash_that_points_at_another_block_is_no_hit() {
     let a = tier.put(root, 7, &tokens(1), &payload(1, 500)).unwrap();
     let b = tier.put(root, 7, &tokens(2), &payload(2, 500)).unwrap();
     // What a collision of keys, or a salt whose hash starts alike, would look like.
-    let place = tier.index[&b];
+    let place = tier.index.get(&b).unwrap();
     tier.index.insert(a, place);
     let mut out = Vec::new();
     assert_eq!(tier.get(root, 7, &tokens(1), &mut out), None);
@@ -83,9 +83,9 @@ fn old_blocks_are_forgotten_and_a_clock_that_jumps_harms_nothing() {
     let late = Place {
         entry: Entry {
             created: now() - 10,
-            ..tier.index[&key].entry
+            ..tier.index.get(&key).unwrap().entry
         },
-        ..tier.index[&key]
+        ..tier.index.get(&key).unwrap()
     };
     let mut out = Vec::new();
     tier.index.insert(key, late);

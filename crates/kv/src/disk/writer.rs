@@ -6,9 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::key::{BlockTokens, Fingerprint, Key, Namespace};
+
 use super::{
     format::{RECORD_HEADER, Record, SEGMENT_HEADER, checksum, record_bytes, write_segment_header},
-    key::{BlockTokens, Key, Namespace},
     segment::{data_path, identity, index_path, private, scan},
 };
 
@@ -33,7 +34,7 @@ pub(super) struct Writer {
 
 impl Writer {
     /// A new segment.
-    pub(super) fn create(dir: &Path, number: u64, fingerprint: &[u8; 32]) -> io::Result<Writer> {
+    pub(super) fn create(dir: &Path, number: u64, fingerprint: &Fingerprint) -> io::Result<Writer> {
         let path = data_path(dir, number);
         let file = private(File::options().read(true).write(true).create_new(true)).open(&path)?;
         file.try_lock().map_err(io::Error::from)?;
@@ -51,7 +52,7 @@ impl Writer {
     }
 
     /// Goes on behind the last record of a segment. Nothing when it is better left alone.
-    pub(super) fn resume(dir: &Path, number: u64, fingerprint: &[u8; 32]) -> io::Result<Option<Writer>> {
+    pub(super) fn resume(dir: &Path, number: u64, fingerprint: &Fingerprint) -> io::Result<Option<Writer>> {
         let path = data_path(dir, number);
         let file = File::options().read(true).write(true).open(&path)?;
         match file.try_lock() {
