@@ -238,6 +238,19 @@ impl Rope {
     /// When `row` is not a whole number of heads, heads are shorter than the rotated dimensions, or `pos` is not below
     /// [`MAX_POSITIONS`].
     pub fn apply(&self, row: &mut [f32], dim: usize, pos: u32) {
+        self.rotate(row, dim, pos, 1.0);
+    }
+
+    /// Rotates every head of `dim` values in `row` by `by` positions, forwards or backwards: what stood at `p` stands at `p + by`.
+    ///
+    /// # Panics
+    /// As [`Rope::apply`], for the distance.
+    pub fn turn(&self, row: &mut [f32], dim: usize, by: i32) {
+        self.rotate(row, dim, by.unsigned_abs(), if by < 0 { -1.0 } else { 1.0 });
+    }
+
+    /// By `sign * pos` positions. A sign of 1 changes no bit of the sines.
+    fn rotate(&self, row: &mut [f32], dim: usize, pos: u32, sign: f32) {
         assert!(dim >= self.dims && row.len().is_multiple_of(dim), "whole heads");
         let half = self.dims / 2;
         let slab = self.slab(pos as usize / SLAB);
@@ -247,11 +260,13 @@ impl Rope {
                 RopeStyle::Neox => {
                     let (a, b) = head[..self.dims].split_at_mut(half);
                     for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(angles) {
+                        let sin = sin * sign;
                         (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
                     }
                 }
                 RopeStyle::Interleaved => {
                     for (pair, (cos, sin)) in head[..self.dims].chunks_exact_mut(2).zip(angles) {
+                        let sin = sin * sign;
                         (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
                     }
                 }
@@ -349,6 +364,24 @@ mod tests {
             assert_eq!(row[16..], wave(20)[16..], "dimensions beyond `dims` stay");
             let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>();
             assert!((norm(&row) - norm(&wave(20))).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn turning_composes_and_turning_back_undoes() {
+        for style in [RopeStyle::Neox, RopeStyle::Interleaved] {
+            let frequencies: Vec<f32> = (0..8).map(|i| 1e4f32.powf(-f64::from(i) as f32 / 8.0)).collect();
+            let rope = Rope::new(&frequencies, style);
+            let mut steps = wave(40);
+            rope.apply(&mut steps, 20, 700);
+            rope.turn(&mut steps, 20, 4000);
+            rope.turn(&mut steps, 20, -3001);
+            let mut once = wave(40);
+            rope.apply(&mut once, 20, 1699);
+            rope.turn(&mut steps, 20, 0);
+            for (a, b) in steps.iter().zip(&once) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
         }
     }
 

@@ -231,16 +231,7 @@ impl Pool {
             let shared = |p: usize| seq.tables.iter().filter(|t| owners[t[p].0 as usize] > 1).count();
             partial.map_or(0, shared)
         };
-        let need = new * self.shape.runs() + copies(&self.owners);
-        let allowed = need <= self.capacity_pages - self.used_pages();
-        if !allowed || !self.has_free(need) {
-            let page = self.shape.page_bytes();
-            return Err(KvError::OutOfMemory {
-                asked: need.saturating_mul(page),
-                free: self.free_bytes(),
-                capacity: self.capacity(),
-            });
-        }
+        self.admit(new * self.shape.runs() + copies(&self.owners))?;
         if let Some(at) = partial {
             for table in &mut seq.tables {
                 if self.owners[table[at].0 as usize] > 1 {
@@ -359,9 +350,29 @@ impl Pool {
         out.clear();
         out.reserve(self.shape.block_bytes());
         for &page in pages {
-            match self.page(page) {
-                Page::Bf16 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
-                Page::F32 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
+            self.export_page(page, out);
+        }
+    }
+
+    /// Appends a page to `out` as it is stored, its keys and then its values.
+    pub(crate) fn export_page(&self, id: PageId, out: &mut Vec<u8>) {
+        match self.page(id) {
+            Page::Bf16 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
+            Page::F32 { k, v } => [k, v].iter().for_each(|part| put_bytes(part, out)),
+        }
+    }
+
+    /// Fills a page with the bytes that [`Pool::export_page`] has written.
+    pub(crate) fn import_page(&mut self, id: PageId, bytes: &[u8]) {
+        let (keys, values) = bytes.split_at(bytes.len() / 2);
+        match self.page_mut(id) {
+            PageMut::Bf16 { k, v } => {
+                get_bytes(keys, k);
+                get_bytes(values, v);
+            }
+            PageMut::F32 { k, v } => {
+                get_bytes(keys, k);
+                get_bytes(values, v);
             }
         }
     }
@@ -381,19 +392,10 @@ impl Pool {
         }
         assert_eq!(seq.len, seq.room(), "blocks are appended to full blocks");
         self.reserve(seq, PAGE_ROWS)?;
-        let part = self.shape.page_bytes() / 2;
-        for (table, bytes) in seq.tables.iter().zip(bytes.chunks_exact(2 * part)) {
-            let Some(&page) = table.last() else { continue };
-            let (keys, values) = bytes.split_at(part);
-            match self.page_mut(page) {
-                PageMut::Bf16 { k, v } => {
-                    get_bytes(keys, k);
-                    get_bytes(values, v);
-                }
-                PageMut::F32 { k, v } => {
-                    get_bytes(keys, k);
-                    get_bytes(values, v);
-                }
+        let page_bytes = self.shape.page_bytes();
+        for (table, bytes) in seq.tables.iter().zip(bytes.chunks_exact(page_bytes)) {
+            if let Some(&page) = table.last() {
+                self.import_page(page, bytes);
             }
         }
         seq.commit(PAGE_ROWS);
@@ -461,13 +463,25 @@ impl Pool {
 
     /// A page with one owner. The caller has asked the accountant.
     pub(crate) fn take(&mut self) -> PageId {
-        let id = self.free.pop().expect("`reserve` has made sure of the pages");
+        let id = self.free.pop().expect("`admit` has made sure of the pages");
         self.owners[id.0 as usize] = 1;
         id
     }
 
+    /// Makes sure that `pages` pages can be taken.
+    pub(crate) fn admit(&mut self, pages: usize) -> Result<(), KvError> {
+        if pages <= self.capacity_pages - self.used_pages() && self.has_free(pages) {
+            return Ok(());
+        }
+        Err(KvError::OutOfMemory {
+            asked: pages.saturating_mul(self.shape.page_bytes()),
+            free: self.free_bytes(),
+            capacity: self.capacity(),
+        })
+    }
+
     /// Whether `pages` pages are free now, after growing if need be.
-    pub(crate) fn has_free(&mut self, pages: usize) -> bool {
+    fn has_free(&mut self, pages: usize) -> bool {
         while self.free.len() < pages {
             if self.grow().is_none() {
                 return false;
