@@ -6,14 +6,15 @@
 use std::sync::Mutex;
 
 use antefix_kernels::attend::{self as kernel, AttendScratch, StateMut, StateRef, View};
-use antefix_kernels::{cpu::Cpu, team::Team};
-use antefix_kv::Pool;
+use antefix_kernels::{cpu::Cpu, ops::Rope, team::Team};
+use antefix_kv::{Context, Pool};
 use antefix_state::{PAGE_ROWS, PARTITION};
 
+use crate::context::{self, Layer, Reader};
 use crate::sharing::{Group, SeqRows, Sharing};
 
 /// Query rows (tokens x heads of a group) of one block of a long sequence: the accumulator and the page stay in L2.
-const BLOCK_ROWS: usize = 192;
+pub(crate) const BLOCK_ROWS: usize = 192;
 
 /// Shapes and rules of a layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -114,7 +115,8 @@ struct Place {
     parts: (usize, usize),
 }
 
-/// Attends `q: [R, Hq, D]` (rotated, unscaled) of all sequences over their pages of `layer` and writes `out: [R, Hq, D]`.
+/// Attends `q: [R, Hq, D]` (rotated, unscaled) of all sequences over their pages of `layer`, and before them over their contexts,
+/// and writes `out: [R, Hq, D]`.
 ///
 /// Keys and values of the rows themselves must already be in the pages.
 ///
@@ -123,7 +125,7 @@ struct Place {
 pub fn attend(
     (cpu, team): (Cpu, &Team),
     pool: &Pool,
-    layer: usize,
+    (layer, rope): (usize, &Rope),
     geometry: &Geometry,
     (seqs, sharing): (&[SeqRows<'_>], &Sharing),
     q: &[f32],
@@ -182,13 +184,7 @@ pub fn attend(
     m.resize(total, f32::NAN);
     l.resize(total, f32::NAN);
     acc.resize(total * dim, f32::NAN);
-    let mut split = Splitter {
-        m,
-        l,
-        acc,
-        dim,
-        at: 0,
-    };
+    let mut split = Splitter::new(StateMut { m, l, acc }, dim);
     let mut tasks = Vec::new();
     let mut groups = sharing.groups.as_slice();
     for partition in 0..partitions {
@@ -252,7 +248,30 @@ pub fn attend(
         .into_inner()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
 
-    // Merge the partitions of every row in ascending order and divide once.
+    let contexts: Vec<(&Context, usize, Vec<u32>)> = seqs
+        .iter()
+        .filter_map(|s| {
+            let context = s.extra.context.filter(|c| !c.is_empty())?;
+            let from = s.extra.pos_base + s.pos0;
+            Some((context, s.first, (from..from + s.rows as u32).collect()))
+        })
+        .collect();
+    let readers: Vec<Reader<'_>> = contexts
+        .iter()
+        .map(|(context, first, positions)| Reader {
+            context,
+            first: *first,
+            positions,
+        })
+        .collect();
+    let this = Layer {
+        index: layer,
+        rope,
+        geometry,
+    };
+    let folded = (!readers.is_empty()).then(|| context::fold((cpu, team), pool, this, &readers, q));
+
+    // Merge context and partitions of every row in ascending order and divide once.
     let all = StateRef {
         m: &scratch.m,
         l: &scratch.l,
@@ -268,11 +287,16 @@ pub fn attend(
         for (r, row) in piece.chunks_exact_mut(width).enumerate() {
             let place = places[i * chunk + r];
             for (head, o) in row.chunks_exact_mut(group * dim).enumerate() {
-                kernel::reset(&mut StateMut {
+                let mut state = StateMut {
                     m: &mut m,
                     l: &mut l,
                     acc: &mut acc,
-                });
+                };
+                kernel::reset(&mut state);
+                let row = i * chunk + r;
+                if let Some(context) = folded.as_ref().and_then(|f| f.state(row, head, group, dim)) {
+                    kernel::merge(&mut state, &context);
+                }
                 for part in place.parts.0..place.parts.1 {
                     let at = place.at + head * place.head_stride + part * place.part_stride;
                     let span = at..at + group;
@@ -281,14 +305,7 @@ pub fn attend(
                         l: &all.l[span.clone()],
                         acc: &all.acc[span.start * dim..span.end * dim],
                     };
-                    kernel::merge(
-                        &mut StateMut {
-                            m: &mut m,
-                            l: &mut l,
-                            acc: &mut acc,
-                        },
-                        &from,
-                    );
+                    kernel::merge(&mut state, &from);
                 }
                 kernel::finish(
                     &StateRef {
@@ -305,12 +322,12 @@ pub fn attend(
 }
 
 /// A poisoned lock only says that another task panicked, and the team re-raises that panic.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Hands out disjoint, ascending pieces of the state buffers.
-struct Splitter<'a> {
+pub(crate) struct Splitter<'a> {
     m: &'a mut [f32],
     l: &'a mut [f32],
     acc: &'a mut [f32],
@@ -319,7 +336,17 @@ struct Splitter<'a> {
 }
 
 impl<'a> Splitter<'a> {
-    fn take(&mut self, span: std::ops::Range<usize>) -> StateMut<'a> {
+    pub(crate) fn new(state: StateMut<'a>, dim: usize) -> Self {
+        Self {
+            m: state.m,
+            l: state.l,
+            acc: state.acc,
+            dim,
+            at: 0,
+        }
+    }
+
+    pub(crate) fn take(&mut self, span: std::ops::Range<usize>) -> StateMut<'a> {
         let (skip, len) = (span.start - self.at, span.end - span.start);
         self.at = span.end;
         StateMut {

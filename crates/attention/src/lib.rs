@@ -1,11 +1,13 @@
 //! The one function through which every layer attends, and the seams that methods hang on.
 
 mod attend;
+mod context;
 mod extra;
 pub mod method;
 mod sharing;
 
 pub use attend::{AttendError, Geometry, Scratch, attend};
+pub use context::{Reader, attend_context};
 pub use extra::Extra;
 pub use sharing::{SeqRows, Sharing};
 

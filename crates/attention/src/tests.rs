@@ -1,5 +1,6 @@
 use antefix_kernels::attend::KvDtype;
 use antefix_kernels::cpu::Cpu;
+use antefix_kernels::ops::{Rope, RopeStyle};
 use antefix_kernels::team::Team;
 use antefix_kv::{KvShape, Pool, SeqKv};
 use antefix_state::PAGE_ROWS;
@@ -22,6 +23,14 @@ const PLAIN: Geometry = Geometry {
     softcap: None,
     window: None,
 };
+
+/// Rotation of whole heads.
+fn rope() -> Rope {
+    let frequencies: Vec<f32> = (0..SHAPE.dim / 2)
+        .map(|i| 1e4f32.powf(-2.0 * i as f32 / SHAPE.dim as f32))
+        .collect();
+    Rope::new(&frequencies, RopeStyle::Neox)
+}
 
 /// `n` values in [-1, 1) that depend on the seed alone.
 fn noise(seed: u64, n: usize) -> Vec<f32> {
@@ -109,7 +118,7 @@ impl Batch {
         attend(
             cpu,
             &self.pool,
-            0,
+            (0, &rope()),
             geometry,
             (&seqs, &sharing),
             &q,
@@ -266,7 +275,7 @@ fn wrong_lengths_are_errors() {
     let e = attend(
         cpu,
         &b.pool,
-        0,
+        (0, &rope()),
         &PLAIN,
         (&seqs, &sharing),
         &[0.0; 5],

@@ -68,6 +68,27 @@ pub fn merge(into: &mut StateMut<'_>, from: &StateRef<'_>) {
     }
 }
 
+/// Multiplies the weight of this part by `e^b`, in every row.
+pub fn gain(state: &mut StateMut<'_>, b: f32) {
+    for (m, l) in state.m.iter_mut().zip(&*state.l) {
+        if *l > 0.0 {
+            *m += b;
+        }
+    }
+}
+
+/// Scales the log-sum-exp by `alpha` and leaves the output alone; 1 changes no bit. Once, for a finished group of keys.
+pub fn power(state: &mut StateMut<'_>, alpha: f32) {
+    if alpha == 1.0 {
+        return;
+    }
+    for (m, l) in state.m.iter_mut().zip(&*state.l) {
+        if *l > 0.0 {
+            *m = alpha * (*m + l.ln()) - l.ln();
+        }
+    }
+}
+
 /// `out = acc / l`, `[R, D]`; zeros for rows without keys.
 ///
 /// # Panics

@@ -182,7 +182,7 @@ impl Model {
         attend(
             (self.cpu, &self.team),
             pool,
-            l,
+            (l, rope),
             &geometry,
             (seqs, sharing),
             &s.q,
