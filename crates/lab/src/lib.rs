@@ -1,8 +1,10 @@
 //! Measurements: bench runner, perplexity, logits. Every figure that the documentation quotes comes out of here.
 
 pub mod bench;
+pub mod eval;
 pub mod logits;
 pub mod perplexity;
+pub mod plot;
 pub mod tasks;
 
 /// Peak resident memory of this process in bytes, where the system tells.

@@ -1,0 +1,110 @@
+use std::path::Path;
+use std::sync::Arc;
+
+use antefix_kernels::cpu::Cpu;
+use antefix_kernels::matmul::Precision;
+use antefix_kernels::team::Team;
+use antefix_models::decoder::Model;
+use antefix_models::files::ModelFiles;
+use antefix_models::gguf::Gguf;
+use antefix_models::spec::Arch;
+use antefix_models::testing::tiny_gguf;
+use antefix_models::tokenizer::Tokenizer;
+
+use super::*;
+use crate::tasks::Prose;
+
+fn tiny() -> (Arc<Model>, Arc<Tokenizer>) {
+    let gguf = Gguf::parse(tiny_gguf(Arch::Llama, 11)).expect("valid");
+    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).expect("has tables"));
+    let files = ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).expect("whole");
+    let model =
+        Model::load(files, Cpu::best(), Arc::new(Team::new(1)), Precision::Fast).expect("known formats");
+    (Arc::new(model), tokenizer)
+}
+
+fn plan() -> Plan {
+    Plan {
+        tasks: vec![Task::Needle, Task::Copy],
+        lengths: vec![400],
+        depths: vec![0.0, 1.0],
+        samples: 2,
+        seed: 3,
+    }
+}
+
+#[test]
+fn what_was_stored_is_not_computed_again() {
+    let (model, tokenizer) = tiny();
+    let prose = Prose::Generated;
+    let kit = Kit {
+        tokenizer: &tokenizer,
+        prose: &prose,
+        digits: 4,
+    };
+    let go = |earlier: &[Record]| {
+        let mut runner = Runner::new(&model, &tokenizer, "tiny", 512);
+        let (mut records, mut computed) = (Vec::new(), 0);
+        let rows = run(&plan(), &kit, &mut runner, earlier, |step| {
+            if let Step::Sample { record, new, .. } = step {
+                records.push(record.clone());
+                computed += usize::from(new);
+            }
+            Ok(())
+        })
+        .expect("it runs");
+        (rows, records, computed)
+    };
+    let (rows, records, computed) = go(&[]);
+    // Two places of the needle and one cell of `copy`.
+    assert_eq!((rows.len(), computed), (3, 6));
+    let (again, _, computed) = go(&records[..4]);
+    assert_eq!(computed, 2);
+    let scores = |rows: &[Row]| rows.iter().map(|r| r.accuracy).collect::<Vec<_>>();
+    assert_eq!(scores(&again), scores(&rows));
+    let other = Record {
+        seed: 4,
+        ..records[0].clone()
+    };
+    assert_eq!(go(&[other]).2, 6, "another seed asks other questions");
+}
+
+#[test]
+fn rows_are_means_of_their_cells() {
+    let record = |depth, score| Record {
+        task: "needle".into(),
+        method: "dense".into(),
+        model: "m".into(),
+        length: 100,
+        depth: Some(depth),
+        seed: 0,
+        sample: 0,
+        score,
+        kept: 1.0,
+        ttft_s: 0.5,
+        answers: Vec::new(),
+        text: "<b>".into(),
+    };
+    let rows = rows(&[record(0.0, 1.0), record(1.0, 0.0), record(0.0, 0.0)]);
+    assert_eq!((rows.len(), rows[0].n, rows[0].accuracy), (2, 2, 0.5));
+    let page = html("a <title>", &["line".into()], &rows).expect("drawn");
+    assert!(page.contains("a &lt;title&gt;") && page.matches("<svg").count() == 2);
+    assert!(table(&rows).lines().count() == 3);
+}
+
+#[test]
+fn a_full_disk_ends_the_run_with_its_reason() {
+    let (model, tokenizer) = tiny();
+    let prose = Prose::Generated;
+    let kit = Kit {
+        tokenizer: &tokenizer,
+        prose: &prose,
+        digits: 4,
+    };
+    let mut runner = Runner::new(&model, &tokenizer, "tiny", 512);
+    let full = |_: Step<'_>| Err(std::io::Error::other("no space"));
+    assert!(matches!(
+        run(&plan(), &kit, &mut runner, &[], full),
+        Err(EvalError::Store(_))
+    ));
+}
