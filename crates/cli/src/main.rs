@@ -30,6 +30,8 @@ enum Command {
     Bench(commands::bench::Args),
     /// Perplexity of a text file, with llama-perplexity's windowing
     Perplexity(commands::perplexity::Args),
+    /// What a model finds in long texts: needles, variables, tables, by length and depth
+    Eval(commands::eval::Args),
     /// Raw logits of a prompt
     Logits(commands::logits::Args),
     /// Token ids of a text file
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => commands::serve::run(args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),
