@@ -39,7 +39,7 @@ impl Geometry {
     }
 
     /// Positions `[lo, hi)` that a query at `pos` sees.
-    fn visible(&self, pos: u32) -> (u32, u32) {
+    pub(crate) fn visible(&self, pos: u32) -> (u32, u32) {
         (self.window.map_or(0, |w| (pos + 1).saturating_sub(w)), pos + 1)
     }
 }

@@ -2,6 +2,8 @@
 
 use antefix_kv::{Context, SeqState};
 
+use crate::hooks::Observer;
+
 /// What is special about the rows of one sequence. The default is ordinary dense attention and costs nothing.
 #[derive(Clone, Copy, Default)]
 pub struct Extra<'a> {
@@ -10,6 +12,8 @@ pub struct Extra<'a> {
     pub pos_base: u32,
     /// What the rows attend besides those pages.
     pub context: Option<&'a Context>,
+    /// Who observes or edits its activations.
+    pub hooks: Option<&'a Observer>,
 }
 
 impl<'a> Extra<'a> {
@@ -18,6 +22,7 @@ impl<'a> Extra<'a> {
         Self {
             pos_base: state.base,
             context: Some(&state.context),
+            ..Self::default()
         }
     }
 }

@@ -3,7 +3,9 @@
 mod attend;
 mod context;
 mod extra;
+pub mod hooks;
 pub mod method;
+pub mod readout;
 mod sharing;
 
 pub use attend::{AttendError, Geometry, Scratch, attend};

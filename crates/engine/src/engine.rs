@@ -428,7 +428,10 @@ impl Engine {
                     tokens: &seq.tokens[from..from + part.tokens],
                     kv: &seq.kv,
                     logits: seq.wanted(part.tokens),
-                    extra: Extra::default(),
+                    extra: Extra {
+                        hooks: seq.job.hooks.as_deref(),
+                        ..Extra::default()
+                    },
                 }
             })
             .collect();
@@ -516,12 +519,12 @@ impl Engine {
             };
             let seq = &self.waiting[at];
             // A request whose prefix is just being computed by another waits for it rather than computing it again.
-            if !seq.job.no_cache && self.prefix_in_flight(seq) {
+            if !seq.job.no_cache && !seq.job.recompute() && self.prefix_in_flight(seq) {
                 return Ok(());
             }
             let known = seq.tokens.len();
             // The last token is always computed: its logits are needed.
-            let mut kv = match seq.job.no_cache || seq.job.prompt_logprobs {
+            let mut kv = match seq.job.no_cache || seq.job.recompute() {
                 true => SeqKv::new(self.pool.shape()),
                 false => self
                     .cache

@@ -1,5 +1,8 @@
 //! A request, checked: having a [`Job`] proves that it can run on the model it was made for.
 
+use std::sync::Arc;
+
+use antefix_attention::hooks::Observer;
 use antefix_kv::Keep;
 
 use crate::constraint::BoxedConstraint;
@@ -41,6 +44,8 @@ pub struct RawJob {
     pub want_logits: bool,
     /// What the answer must follow.
     pub constraint: Option<BoxedConstraint>,
+    /// Reads or changes activations; one for each request. Its owner takes out what it captured.
+    pub hooks: Option<Arc<Observer>>,
 }
 
 /// Why a request cannot run.
@@ -112,9 +117,15 @@ pub struct Job {
     pub(crate) priority: i32,
     pub(crate) want_logits: bool,
     pub(crate) constraint: Option<BoxedConstraint>,
+    pub(crate) hooks: Option<Arc<Observer>>,
 }
 
 impl Job {
+    /// Whether its whole prompt is computed, cached or not.
+    pub(crate) fn recompute(&self) -> bool {
+        self.prompt_logprobs || self.hooks.as_ref().is_some_and(|h| h.plan().recompute())
+    }
+
     /// Checks `raw` against a model's vocabulary and context.
     ///
     /// # Errors
@@ -145,7 +156,8 @@ impl Job {
             tokens: raw.tokens,
             stop: raw.stop,
             ignore_eos: raw.ignore_eos,
-            salt: raw.salt,
+            // Pages that edits have marked are shared only with requests that make the same edits.
+            salt: raw.hooks.as_ref().map_or(raw.salt, |h| h.salted(raw.salt)),
             no_cache: raw.no_cache,
             keep: raw.keep,
             want_logprobs: raw.want_logprobs,
@@ -155,6 +167,7 @@ impl Job {
             priority: raw.priority,
             want_logits: raw.want_logits,
             constraint: raw.constraint,
+            hooks: raw.hooks,
         })
     }
 }

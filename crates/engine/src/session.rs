@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use antefix_attention::hooks::Observer;
+use antefix_attention::readout::AttentionView;
 use antefix_kv::{Pool, SeqKv};
 use antefix_models::decoder::{Extra, Input, Model, Scratch};
 
@@ -14,6 +16,7 @@ pub struct Session {
     kv: SeqKv,
     scratch: Scratch,
     chunk: usize,
+    hooks: Option<Arc<Observer>>,
 }
 
 impl Session {
@@ -31,7 +34,13 @@ impl Session {
             kv,
             scratch: Scratch::default(),
             chunk: chunk.max(1),
+            hooks: None,
         }
+    }
+
+    /// From now on `hooks` read or change the activations; `None` ends that.
+    pub fn observe(&mut self, hooks: Option<Arc<Observer>>) {
+        self.hooks = hooks;
     }
 
     /// Tokens computed so far.
@@ -54,6 +63,22 @@ impl Session {
         self.pool.truncate(&mut self.kv, len);
     }
 
+    /// What attention of `layer` reads with the queries `q` (after RoPE, `[rows, Hq, D]`, as captured at `attn.hook_rot_q`) of the
+    /// tokens from `pos0` on: any row, after the fact, as long as its keys are in the cache.
+    pub fn attention<'a>(&'a self, layer: usize, q: &'a [f32], pos0: u32) -> AttentionView<'a> {
+        AttentionView {
+            run: (self.model.cpu(), self.model.team()),
+            pool: &self.pool,
+            kv: &self.kv,
+            base: 0,
+            layer,
+            geometry: self.model.geometry(layer),
+            q,
+            pos0,
+            exact: true,
+        }
+    }
+
     /// Computes `tokens` and appends the logits of the last `wanted` of them to `logits`, `[wanted, vocab]`.
     ///
     /// # Errors
@@ -67,7 +92,10 @@ impl Session {
                 tokens: chunk,
                 kv: &self.kv,
                 logits: end.saturating_sub(first_wanted.max(end - chunk.len())),
-                extra: Extra::default(),
+                extra: Extra {
+                    hooks: self.hooks.as_deref(),
+                    ..Extra::default()
+                },
             };
             self.model
                 .forward(&mut self.pool, &[input], &mut self.scratch, logits)?;

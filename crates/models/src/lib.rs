@@ -1,5 +1,6 @@
 //! Model files, tokenizers, chat templates, the model store and the decoder.
 
+pub mod captures;
 pub mod decoder;
 pub mod error;
 pub mod files;

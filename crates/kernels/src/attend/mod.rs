@@ -6,12 +6,14 @@
 
 mod page;
 mod scalar;
+mod scores;
 #[cfg(target_arch = "x86_64")]
 mod simd;
 
 use antefix_state::PAGE_ROWS;
 
 pub use page::{KvDtype, Page, PageLayout, PageMut, View, bf16_to_f32, f32_to_bf16};
+pub use scores::{normalise, scores};
 
 use crate::cpu::{Cpu, Path};
 

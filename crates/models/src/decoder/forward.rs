@@ -1,10 +1,12 @@
 //! One step of the model over a batch of rows.
 
+use antefix_attention::hooks::{Site, Watch};
+use antefix_attention::readout::AttentionView;
 use antefix_attention::{AttendError, Extra, Scratch as AttendScratch, SeqRows, Sharing, attend};
 use antefix_kernels::matmul::{Acts, Matrix, matmul, matmul_many};
 use antefix_kernels::ops;
 use antefix_kernels::quant;
-use antefix_kv::{Pool, SeqKv};
+use antefix_kv::{Context, Pool, SeqKv};
 
 use super::Model;
 use super::weights::Layer;
@@ -98,19 +100,39 @@ impl Model {
             first += i.tokens.len();
         }
         let sharing = Sharing::of(&seqs);
+        let observed = inputs.iter().map(|i| {
+            (
+                i.extra.hooks,
+                i.tokens.len(),
+                i.extra.pos_base + i.kv.len() as u32,
+            )
+        });
+        let mut watch = Watch::of(spec.layers, observed);
         self.embed(inputs, &mut scratch.x)?;
+        if watch.wants(0, Site::Embed) {
+            watch.at(0, Site::Embed, &mut scratch.x, spec.d_model);
+        }
         let last = spec.layers - 1;
+        let mut rows: Vec<usize> = inputs.iter().map(|i| i.tokens.len()).collect();
+        let wanted = |i: usize| inputs[i].logits.min(inputs[i].tokens.len());
         for l in 0..spec.layers {
-            self.attention(l, pool, (&seqs, &sharing), scratch)?;
+            self.attention(l, pool, (&seqs, &sharing), &watch, scratch)?;
             // Rows that nobody reads from the last layer on would be computed in vain.
             if l == last {
-                self.keep_wanted(inputs, scratch);
+                let late = [Site::MlpPost, Site::MlpOut, Site::ResidPost];
+                self.keep(&mut rows, &mut watch, scratch, |watch, i, rows| {
+                    match watch.wants_any(i, l, &late) {
+                        true => rows,
+                        false => wanted(i),
+                    }
+                });
             }
             if !scratch.x.is_empty() {
-                self.feed_forward(l, scratch);
+                self.feed_forward(l, &watch, scratch);
             }
         }
-        self.logits(scratch, logits);
+        self.keep(&mut rows, &mut watch, scratch, |_, i, _| wanted(i));
+        self.logits(&watch, scratch, logits);
         Ok(())
     }
 
@@ -147,11 +169,15 @@ impl Model {
         l: usize,
         pool: &mut Pool,
         (seqs, sharing): (&[SeqRows<'_>], &Sharing),
+        watch: &Watch<'_>,
         s: &mut Scratch,
     ) -> Result<(), ForwardError> {
         let (spec, layer) = (self.spec(), &self.weights.layers[l]);
         let (rows, dim) = (s.x.len() / spec.d_model, spec.head_dim);
         let (q_width, kv_width) = (spec.heads * dim, spec.kv_heads * dim);
+        if watch.wants(l, Site::ResidPre) {
+            watch.at(l, Site::ResidPre, &mut s.x, spec.d_model);
+        }
         self.norm(&s.x, &layer.attn_norm, &mut s.normed);
         s.q.resize(rows * q_width, 0.0);
         s.k.resize(rows * kv_width, 0.0);
@@ -165,6 +191,15 @@ impl Model {
                 self.per_row(y, bias.len(), |_, row| ops::add(row, bias));
             }
         }
+        for (site, y, width) in [
+            (Site::Q, &mut s.q, q_width),
+            (Site::K, &mut s.k, kv_width),
+            (Site::V, &mut s.v, kv_width),
+        ] {
+            if watch.wants(l, site) {
+                watch.at(l, site, y, width);
+            }
+        }
         if let Some([q_norm, k_norm]) = &layer.qk_norm {
             self.norm_in_place(&mut s.q, q_norm);
             self.norm_in_place(&mut s.k, k_norm);
@@ -173,6 +208,11 @@ impl Model {
         let positions = &s.positions;
         self.per_row(&mut s.q, q_width, |r, row| rope.apply(row, dim, positions[r]));
         self.per_row(&mut s.k, kv_width, |r, row| rope.apply(row, dim, positions[r]));
+        for (site, y, width) in [(Site::RotQ, &mut s.q, q_width), (Site::RotK, &mut s.k, kv_width)] {
+            if watch.wants(l, site) {
+                watch.at(l, site, y, width);
+            }
+        }
         for seq in seqs {
             let span = seq.first * kv_width..(seq.first + seq.rows) * kv_width;
             pool.write(seq.kv, l, seq.pos0 as usize, &s.k[span.clone()], &s.v[span]);
@@ -189,17 +229,31 @@ impl Model {
             &mut s.z,
             &mut s.attend,
         )?;
+        if watch.wants(l, Site::Z) {
+            let (pool, q): (&Pool, _) = (pool, &s.q);
+            watch.at_heads(l, &mut s.z, q_width, &|seq, rows| AttentionView {
+                run: (self.cpu, &self.team),
+                pool,
+                kv: seqs[seq].kv,
+                base: seqs[seq].extra.pos_base,
+                layer: l,
+                geometry,
+                q: &q[rows.start * q_width..rows.end * q_width],
+                pos0: seqs[seq].extra.pos_base + seqs[seq].pos0,
+                // What stands before or beside the sequence's own pages is not in them.
+                exact: seqs[seq].extra.pos_base == 0 && seqs[seq].extra.context.is_none_or(Context::is_empty),
+            });
+        }
         self.project(&s.z, &layer.attn_out, &mut s.acts, &mut s.out);
         self.add_back(
             layer.attn_post_norm.as_deref(),
-            &mut s.out,
-            &mut s.normed,
-            &mut s.x,
+            (watch, l, [Site::AttnOut, Site::ResidMid]),
+            s,
         );
         Ok(())
     }
 
-    fn feed_forward(&self, l: usize, s: &mut Scratch) {
+    fn feed_forward(&self, l: usize, watch: &Watch<'_>, s: &mut Scratch) {
         let (spec, layer): (_, &Layer) = (self.spec(), &self.weights.layers[l]);
         let (rows, ff) = (s.x.len() / spec.d_model, spec.d_ff);
         self.norm(&s.x, &layer.ffn_norm, &mut s.normed);
@@ -217,49 +271,73 @@ impl Model {
                 Act::GeluTanh => ops::gelu_tanh_mul(self.cpu, gate, up),
             }
         });
+        if watch.wants(l, Site::MlpPost) {
+            watch.at(l, Site::MlpPost, &mut s.gate, ff);
+        }
         self.project(&s.gate, &layer.down, &mut s.acts, &mut s.out);
         self.add_back(
             layer.ffn_post_norm.as_deref(),
-            &mut s.out,
-            &mut s.normed,
-            &mut s.x,
+            (watch, l, [Site::MlpOut, Site::ResidPost]),
+            s,
         );
     }
 
-    /// `x += out`, through the post-norm where the architecture has one.
-    fn add_back(&self, post_norm: Option<&[f32]>, out: &mut [f32], normed: &mut Vec<f32>, x: &mut [f32]) {
+    /// `x += out`, through the post-norm where the architecture has one. Hooks see what is added, and the sum.
+    fn add_back(
+        &self,
+        post_norm: Option<&[f32]>,
+        (watch, l, [added, sum]): (&Watch<'_>, usize, [Site; 2]),
+        s: &mut Scratch,
+    ) {
         let d = self.spec().d_model;
-        let out: &[f32] = match post_norm {
+        let out = match post_norm {
             Some(w) => {
-                self.norm(out, w, normed);
-                normed
+                self.norm(&s.out, w, &mut s.normed);
+                &mut s.normed
             }
-            None => out,
+            None => &mut s.out,
         };
-        self.per_row(x, d, |r, row| ops::add(row, &out[r * d..][..d]));
+        if watch.wants(l, added) {
+            watch.at(l, added, out, d);
+        }
+        self.per_row(&mut s.x, d, |r, row| ops::add(row, &out[r * d..][..d]));
+        if watch.wants(l, sum) {
+            watch.at(l, sum, &mut s.x, d);
+        }
     }
 
-    /// Keeps only the residual rows whose logits are wanted.
-    fn keep_wanted(&self, inputs: &[Input<'_>], s: &mut Scratch) {
+    /// Of the `rows[i]` residual rows of each sequence, keeps the last `keep(i, rows[i])`.
+    fn keep(
+        &self,
+        rows: &mut [usize],
+        watch: &mut Watch<'_>,
+        s: &mut Scratch,
+        keep: impl Fn(&Watch<'_>, usize, usize) -> usize,
+    ) {
         let d = self.spec().d_model;
         let (mut from, mut to) = (0, 0);
-        for i in inputs {
-            let wanted = i.logits.min(i.tokens.len());
-            let start = from + i.tokens.len() - wanted;
-            s.x.copy_within(start * d..(start + wanted) * d, to * d);
-            to += wanted;
-            from += i.tokens.len();
+        for (i, rows) in rows.iter_mut().enumerate() {
+            let kept = keep(watch, i, *rows);
+            let start = from + *rows - kept;
+            s.x.copy_within(start * d..(start + kept) * d, to * d);
+            to += kept;
+            from += *rows;
+            *rows = kept;
         }
         s.x.truncate(to * d);
+        watch.narrow(rows);
     }
 
-    fn logits(&self, s: &mut Scratch, logits: &mut Vec<f32>) {
+    fn logits(&self, watch: &Watch<'_>, s: &mut Scratch, logits: &mut Vec<f32>) {
         let spec = self.spec();
         let rows = s.x.len() / spec.d_model;
         if rows == 0 {
             return;
         }
         self.norm(&s.x, &self.weights.output_norm, &mut s.normed);
+        if watch.wants(spec.layers, Site::FinalNorm) {
+            watch.at(spec.layers, Site::FinalNorm, &mut s.normed, spec.d_model);
+        }
         let at = logits.len();
         logits.resize(at + rows * spec.vocab, 0.0);
         s.acts.load(&s.normed, rows, spec.d_model);
@@ -272,6 +350,9 @@ impl Model {
         );
         if let Some(cap) = spec.final_softcap {
             self.per_row(&mut logits[at..], spec.vocab, |_, row| ops::softcap(row, cap));
+        }
+        if watch.wants(spec.layers, Site::Logits) {
+            watch.at(spec.layers, Site::Logits, &mut logits[at..], spec.vocab);
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 pub use antefix_attention::Extra;
 use antefix_attention::Geometry;
+use antefix_attention::hooks::HookShape;
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::ops::Rope;
@@ -106,6 +107,20 @@ impl Model {
             kv_heads: spec.kv_heads,
             dim: spec.head_dim,
             dtype,
+        }
+    }
+
+    /// The sizes that hooks are checked against.
+    pub fn hook_shape(&self) -> HookShape {
+        let spec = self.spec();
+        HookShape {
+            layers: spec.layers,
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            dim: spec.head_dim,
+            d_model: spec.d_model,
+            d_ff: spec.d_ff,
+            vocab: spec.vocab,
         }
     }
 

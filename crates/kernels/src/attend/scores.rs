@@ -1,0 +1,204 @@
+//! Scores and weights of single query rows, for those who want to see what attention read.
+//!
+//! Bit for bit the scores that [`super::attend`] computes: one fma chain over the dimensions each.
+
+use antefix_state::PAGE_ROWS;
+
+use super::Page;
+use crate::cpu::{Cpu, Path};
+use crate::ops::exp;
+
+/// Keys side by side in a page.
+const LANES: usize = PAGE_ROWS / 2;
+
+/// Scores of one query row `q: [D]`, already scaled, against the 32 keys of `page`; rows that hold no key get anything.
+///
+/// # Panics
+/// When `q` and the page differ in their dimension.
+pub fn scores(cpu: Cpu, q: &[f32], softcap: Option<f32>, page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
+    page.check(q.len());
+    match cpu.path() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX-512F and FMA.
+        Path::Avx512 | Path::Amx => unsafe { scores_avx512(q, page, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX2 and FMA.
+        Path::Avx2 => unsafe { scores_avx2(q, page, out) },
+        _ => scores_body(q, page, out),
+    }
+    if let Some(cap) = softcap {
+        crate::ops::softcap(out, cap);
+    }
+}
+
+/// Turns the scores of a row into weights that sum to 1. Returns `(lse, entropy)`; no scores at all: `(-inf, 0)`.
+///
+/// Sums run over 16 lanes and then over those, whatever the path.
+pub fn normalise(cpu: Cpu, row: &mut [f32]) -> (f32, f32) {
+    match cpu.path() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX-512F and FMA.
+        Path::Avx512 | Path::Amx => unsafe { normalise_avx512(row) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX2 and FMA.
+        Path::Avx2 => unsafe { normalise_avx2(row) },
+        _ => normalise_body(row),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn scores_avx512(q: &[f32], page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
+    scores_body(q, page, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn scores_avx2(q: &[f32], page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
+    scores_body(q, page, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn normalise_avx512(row: &mut [f32]) -> (f32, f32) {
+    normalise_body(row)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn normalise_avx2(row: &mut [f32]) -> (f32, f32) {
+    normalise_body(row)
+}
+
+#[inline(always)]
+fn scores_body(q: &[f32], page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
+    let dim = q.len();
+    for (half, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let mut acc = [0.0f32; LANES];
+        let span = half * dim * LANES..(half + 1) * dim * LANES;
+        match page {
+            Page::F32 { k, .. } => {
+                for (&q, keys) in q.iter().zip(k[span].as_chunks::<LANES>().0) {
+                    for (a, &k) in acc.iter_mut().zip(keys) {
+                        *a = q.mul_add(k, *a);
+                    }
+                }
+            }
+            Page::Bf16 { k, .. } => {
+                let pairs = k[span].as_chunks::<{ 2 * LANES }>().0;
+                for (q, pairs) in q.as_chunks::<2>().0.iter().zip(pairs) {
+                    for (a, pair) in acc.iter_mut().zip(pairs.as_chunks::<2>().0) {
+                        let both = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+                        *a = q[0].mul_add(f32::from_bits(both << 16), *a);
+                        *a = q[1].mul_add(f32::from_bits(both & 0xffff_0000), *a);
+                    }
+                }
+            }
+        }
+        *out = acc;
+    }
+}
+
+#[inline(always)]
+fn normalise_body(row: &mut [f32]) -> (f32, f32) {
+    let m = row
+        .iter()
+        .fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    if m == f32::NEG_INFINITY {
+        return (m, 0.0);
+    }
+    // sum exp(s - m) and sum exp(s - m) (s - m).
+    let (mut l, mut ls) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for ((s, l), ls) in chunk.iter_mut().zip(&mut l).zip(&mut ls) {
+            let x = *s - m;
+            *s = exp(x);
+            *l += *s;
+            // A weight of 0 at a score of -inf adds nothing.
+            *ls += if *s == 0.0 { 0.0 } else { *s * x };
+        }
+    }
+    for ((s, l), ls) in rest.iter_mut().zip(&mut l).zip(&mut ls) {
+        let x = *s - m;
+        *s = exp(x);
+        *l += *s;
+        *ls += if *s == 0.0 { 0.0 } else { *s * x };
+    }
+    let (l, ls): (f32, f32) = (l.iter().sum(), ls.iter().sum());
+    let factor = 1.0 / l;
+    row.iter_mut().for_each(|s| *s *= factor);
+    (m + l.ln(), l.ln() - ls * factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attend::{KvDtype, PageLayout, PageMut, f32_to_bf16};
+
+    fn value(i: usize) -> f32 {
+        ((i * 7919 + 13) % 1000) as f32 / 500.0 - 1.0
+    }
+
+    #[test]
+    fn scores_are_one_fma_chain_a_key_on_every_path() {
+        for dim in [16, 64, 80] {
+            let layout = PageLayout {
+                dim,
+                dtype: KvDtype::Bf16,
+            };
+            let (mut k16, mut v16) = (vec![0; layout.part_len()], vec![0; layout.part_len()]);
+            let (mut k32, mut v32) = (vec![0.0; layout.part_len()], vec![0.0; layout.part_len()]);
+            let key = |row: usize| -> Vec<f32> { (0..dim).map(|d| value(row * dim + d)).collect() };
+            for row in 0..PAGE_ROWS {
+                PageMut::Bf16 {
+                    k: &mut k16,
+                    v: &mut v16,
+                }
+                .write_row(row, &key(row), &key(row));
+                PageMut::F32 {
+                    k: &mut k32,
+                    v: &mut v32,
+                }
+                .write_row(row, &key(row), &key(row));
+            }
+            let q: Vec<f32> = (0..dim).map(|d| value(d + 5)).collect();
+            for page in [Page::Bf16 { k: &k16, v: &v16 }, Page::F32 { k: &k32, v: &v32 }] {
+                for cpu in Cpu::available() {
+                    for cap in [None, Some(0.5)] {
+                        let mut got = [f32::NAN; PAGE_ROWS];
+                        scores(cpu, &q, cap, &page, &mut got);
+                        for (row, got) in got.iter().enumerate() {
+                            let chain =
+                                |sum: f32, (d, q): (usize, &f32)| q.mul_add(page.key(dim, row, d), sum);
+                            let want = q.iter().enumerate().fold(0.0, chain);
+                            let want = cap.map_or(want, |c| c * (want / c).tanh());
+                            assert_eq!(got.to_bits(), want.to_bits(), "{:?} key {row}", cpu.path());
+                        }
+                    }
+                }
+            }
+        }
+        assert_ne!(f32_to_bf16(value(3)), 0);
+    }
+
+    #[test]
+    fn weights_sum_to_one_and_entropy_is_that_of_the_weights() {
+        for n in [1, 15, 16, 17, 100] {
+            for cpu in Cpu::available() {
+                let scores: Vec<f32> = (0..n).map(|i| 6.0 * value(i)).collect();
+                let mut row = scores.clone();
+                let (lse, entropy) = normalise(cpu, &mut row);
+                let want = scores.iter().map(|&s| f64::from(s).exp()).sum::<f64>().ln();
+                assert!((f64::from(lse) - want).abs() < 1e-5);
+                let p: Vec<f64> = scores.iter().map(|&s| (f64::from(s) - want).exp()).collect();
+                for (got, want) in row.iter().zip(&p) {
+                    assert!((f64::from(*got) - want).abs() < 1e-6);
+                }
+                let want: f64 = p.iter().map(|p| -p * p.ln()).sum();
+                assert!((f64::from(entropy) - want).abs() < 1e-4, "{entropy} {want}");
+            }
+        }
+        assert_eq!(normalise(Cpu::best(), &mut []), (f32::NEG_INFINITY, 0.0));
+    }
+}
