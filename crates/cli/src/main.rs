@@ -2,6 +2,7 @@
 
 mod commands;
 mod failure;
+mod hooks;
 mod model;
 
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Command {
     Perplexity(commands::perplexity::Args),
     /// What a model finds in long texts: needles, variables, tables, by length and depth
     Eval(commands::eval::Args),
+    /// Look inside: what heads read, which of them retrieve
+    Analyse(commands::analyse::Args),
     /// Raw logits of a prompt
     Logits(commands::logits::Args),
     /// Token ids of a text file
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => commands::bench::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Analyse(args) => commands::analyse::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),

@@ -1,7 +1,9 @@
 //! Measurements: bench runner, perplexity, logits. Every figure that the documentation quotes comes out of here.
 
+pub mod attention;
 pub mod bench;
 pub mod eval;
+pub mod heads;
 pub mod logits;
 pub mod perplexity;
 pub mod plot;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use antefix_attention::hooks::Observer;
 use antefix_engine::{EngineError, Session, argmax, log_softmax_at};
 use antefix_models::decoder::Model;
 use serde::Serialize;
@@ -34,8 +35,22 @@ pub struct Best {
 /// # Errors
 /// When the model fails.
 pub fn last(model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+    last_observed(model, tokens, None)
+}
+
+/// The same with hooks.
+///
+/// # Errors
+/// When the model fails.
+pub fn last_observed(
+    model: &Arc<Model>,
+    tokens: &[u32],
+    hooks: Option<Arc<Observer>>,
+) -> Result<Vec<f32>, EngineError> {
     let mut logits = Vec::new();
-    Session::new(Arc::clone(model), tokens.len(), 512).feed(tokens, 1, &mut logits)?;
+    let mut session = Session::new(Arc::clone(model), tokens.len(), 512);
+    session.observe(hooks);
+    session.feed(tokens, 1, &mut logits)?;
     Ok(logits)
 }
 

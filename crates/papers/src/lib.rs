@@ -4,8 +4,12 @@
 
 use antefix_attention::method::Method;
 
+pub mod heads;
+
 // papers: first
+pub mod act;
 pub mod jrt;
+pub mod retrieval_heads;
 // papers: last
 
 /// Everything that a request can choose, in the order of the names. Help texts, `/v1/methods`, the pages under `docs/methods/` and the

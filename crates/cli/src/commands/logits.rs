@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::{json_line, line};
 use crate::failure::Failure;
+use crate::hooks::HookArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
@@ -35,8 +36,10 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 20)]
     top: usize,
     /// The most likely token after every position instead
-    #[arg(long)]
+    #[arg(long, conflicts_with = "hooks")]
     all: bool,
+    #[command(flatten)]
+    hooks: HookArgs,
     /// JSON
     #[arg(long)]
     json: bool,
@@ -85,7 +88,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         }
         return Ok(());
     }
-    let all = logits::last(&model, &tokens).map_err(Failure::other)?;
+    let observer = args.hooks.observer(&model, tokens.len())?;
+    let all = logits::last_observed(&model, &tokens, observer.clone()).map_err(Failure::other)?;
+    args.hooks.write(observer.as_deref())?;
     let top = logits::top(&all, args.top);
     if args.json {
         return json_line(&json!({ "tokens": tokens.len(), "top": top }));

@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod analyse;
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod doctor;
@@ -35,7 +36,7 @@ fn line(text: impl std::fmt::Display) -> Result<(), Failure> {
 }
 
 /// Reads a file, `-` for standard input.
-fn read(file: &std::path::Path) -> Result<Vec<u8>, Failure> {
+pub(crate) fn read(file: &std::path::Path) -> Result<Vec<u8>, Failure> {
     let bytes = if file == std::path::Path::new("-") {
         let mut bytes = Vec::new();
         std::io::Read::read_to_end(&mut std::io::stdin().lock(), &mut bytes).map(|_| bytes)

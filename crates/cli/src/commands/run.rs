@@ -8,6 +8,7 @@ use antefix_models::tokenizer::Specials;
 use anyhow::anyhow;
 
 use crate::failure::Failure;
+use crate::hooks::HookArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 /// How to choose tokens: llama.cpp's names; greedy by default.
@@ -94,6 +95,8 @@ pub(crate) struct Args {
     /// Tokens of prompt and answer at most
     #[arg(long)]
     ctx: Option<usize>,
+    #[command(flatten)]
+    hooks: HookArgs,
     /// The prompt; `-` reads standard input
     prompt: String,
 }
@@ -123,7 +126,9 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         }
     };
     let mut engine = loaded.engine(args.ctx)?;
+    let observer = args.hooks.observer(&loaded.model, tokens.len())?;
     let raw = RawJob {
+        hooks: observer.clone(),
         tokens,
         max_tokens: Some(args.max_tokens),
         sampling: args.sampling.raw(),
@@ -136,7 +141,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         out.flush()
     })?;
     writeln!(out)?;
-    Ok(())
+    args.hooks.write(observer.as_deref())
 }
 
 /// Runs one request to its end, handing text out as it comes.

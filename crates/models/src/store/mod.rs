@@ -18,6 +18,7 @@ mod tests;
 use std::{
     env, fmt,
     fs::{self, File, TryLockError},
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -26,6 +27,7 @@ pub use error::StoreError;
 pub use hub::HubRef;
 
 use error::at;
+use sha2::{Digest, Sha256};
 
 /// The models on this machine.
 pub struct Store {
@@ -343,6 +345,21 @@ impl Store {
 }
 
 /// Flushes a file or folder to disk.
+/// SHA-256 of a file, in hexadecimal digits.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn sha256(path: &Path) -> std::io::Result<String> {
+    let (mut file, mut hash) = (File::open(path)?, Sha256::new());
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(pip::hex(&hash.finalize())),
+            n => hash.update(&buffer[..n]),
+        }
+    }
+}
+
 fn sync(path: &Path) -> Result<(), StoreError> {
     File::open(path)
         .and_then(|file| file.sync_all())
