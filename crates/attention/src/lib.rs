@@ -1,6 +1,7 @@
 //! The one function through which every layer attends, and the seams that methods hang on.
 
 mod attend;
+mod chunk_use;
 mod context;
 mod extra;
 pub mod hooks;
@@ -9,6 +10,7 @@ pub mod readout;
 mod sharing;
 
 pub use attend::{AttendError, Geometry, Scratch, attend};
+pub use chunk_use::{ChunkLayout, ChunkUse, Deviation, Mend};
 pub use context::{Reader, attend_context};
 pub use extra::Extra;
 pub use sharing::{SeqRows, Sharing};

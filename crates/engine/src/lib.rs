@@ -6,6 +6,7 @@ mod cache;
 mod constraint;
 mod engine;
 mod job;
+mod reuse;
 mod sampler;
 mod schedule;
 mod session;
@@ -16,6 +17,7 @@ pub use cache::{CacheOptions, CacheStats, IdentityError, PinError, Whereabouts, 
 pub use constraint::{BoxedConstraint, Constraint, ConstraintFailed};
 pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
 pub use job::{Job, JobError, MAX_TOP_LOGPROBS, RawJob};
+pub use reuse::{Library, Provenance, ReuseError};
 pub use sampler::{RawSampling, Sampler, Sampling, SamplingError, argmax, log_softmax_at};
 pub use schedule::{Batch, Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
 pub use session::Session;

@@ -16,6 +16,8 @@ pub struct SeqState {
     pub tail: SeqKv,
     /// Position of the tail's first row.
     pub base: u32,
+    /// Tokens that stand before the tail's first; differs from `base` where positions are used more than once.
+    pub before: usize,
     /// What it attends besides the tail.
     pub context: Context,
 }
@@ -122,8 +124,14 @@ impl SeqState {
         Self {
             tail: SeqKv::new(shape),
             base: 0,
+            before: 0,
             context: Context::default(),
         }
+    }
+
+    /// Tokens whose rows are computed, kept or not.
+    pub fn done(&self) -> usize {
+        self.before + self.tail.len()
     }
 
     /// The position that the next token gets.
@@ -199,12 +207,12 @@ impl SeqState {
             }
         }
         let segment = builder.seal(pool, Vec::new(), Kind::Approx(edit.policy.clone()));
-        let next = self.next_pos();
+        let (next, done) = (self.next_pos(), self.done());
         self.drop_own(pool);
         self.context
             .groups
             .insert(0, Group::plain(vec![SegRef::new(segment)]));
-        self.base = next;
+        (self.base, self.before) = (next, done);
         Ok(Compacted {
             bytes_before,
             bytes_after: pool.stats().bytes_used,
@@ -310,6 +318,7 @@ impl SeqState {
         Ok(Self {
             tail: pool.fork(&self.tail)?,
             base: self.base,
+            before: self.before,
             context: self.context.clone(),
         })
     }
@@ -438,7 +447,7 @@ mod tests {
             (16 * page, (2 + 1 + 2) * page)
         );
         assert_eq!(state.bytes(&pool), done.bytes_after);
-        assert_eq!((state.next_pos(), state.tail.len()), (100, 0));
+        assert_eq!((state.next_pos(), state.done(), state.tail.len()), (100, 100, 0));
         assert!(state.exact().is_none(), "what was dropped from is not exact");
         append(&mut pool, &mut state, 2);
         let want = [1, 3, 99, 100, 101].map(|p| (p, 0.0, (p * 10) as f32));

@@ -7,6 +7,7 @@ pub mod heads;
 pub mod logits;
 pub mod perplexity;
 pub mod plot;
+pub mod reuse;
 pub mod tasks;
 
 /// Peak resident memory of this process in bytes, where the system tells.

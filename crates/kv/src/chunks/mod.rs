@@ -55,6 +55,8 @@ pub struct ChunkStore {
     fingerprint: Fingerprint,
     dir: Option<PathBuf>,
     entries: HashMap<ChunkKey, Entry>,
+    /// Not in the folder yet.
+    unsaved: Vec<ChunkKey>,
     clock: u64,
     hits: u64,
     loaded: u64,
@@ -68,6 +70,7 @@ impl ChunkStore {
             fingerprint,
             dir,
             entries: HashMap::new(),
+            unsaved: Vec::new(),
             clock: 0,
             hits: 0,
             loaded: 0,
@@ -109,7 +112,7 @@ impl ChunkStore {
             return None;
         };
         self.loaded += 1;
-        self.insert(pool, key, text.prefix, segment.clone());
+        self.hold(pool, key, text.prefix, segment.clone());
         Some(segment)
     }
 
@@ -118,8 +121,15 @@ impl ChunkStore {
         self.entries.contains_key(&key)
     }
 
-    /// Takes a chunk in; the store holds `segment` from now on.
+    /// Takes a chunk in; the store holds `segment` from now on. It is written to the folder by the next [`ChunkStore::flush`].
     pub fn insert(&mut self, pool: &mut Pool, key: ChunkKey, prefix: &[u32], segment: Arc<Segment>) {
+        if self.dir.is_some() {
+            self.unsaved.push(key);
+        }
+        self.hold(pool, key, prefix, segment);
+    }
+
+    fn hold(&mut self, pool: &mut Pool, key: ChunkKey, prefix: &[u32], segment: Arc<Segment>) {
         self.clock += 1;
         let entry = Entry {
             prefix: prefix.to_vec(),
@@ -131,15 +141,19 @@ impl ChunkStore {
         }
     }
 
-    /// Writes a chunk to the folder, if there is one.
+    /// Writes the chunks that are not in the folder yet; those that were forgotten meanwhile are computed again when they are wanted.
     ///
     /// # Errors
-    /// When the file cannot be written; nothing half-written stays.
-    pub fn save(&self, pool: &Pool, key: ChunkKey) -> Result<(), ChunkError> {
-        match (&self.dir, self.entries.get(&key)) {
-            (Some(dir), Some(e)) => file::save(dir, self.fingerprint, pool, key, &e.prefix, &e.segment),
-            _ => Ok(()),
+    /// When a file cannot be written; nothing half-written stays, and it is not tried again.
+    pub fn flush(&mut self, pool: &Pool) -> Result<(), ChunkError> {
+        let mut result = Ok(());
+        for key in std::mem::take(&mut self.unsaved) {
+            if let (Some(dir), Some(e)) = (&self.dir, self.entries.get(&key)) {
+                let saved = file::save(dir, self.fingerprint, pool, key, &e.prefix, &e.segment);
+                result = result.and(saved);
+            }
         }
+        result
     }
 
     /// Forgets chunks that nobody reads, least recently used first, until `bytes` are free. Whether they are.

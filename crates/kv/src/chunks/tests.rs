@@ -107,7 +107,7 @@ fn a_chunk_comes_back_from_disk_bit_for_bit_and_damage_is_a_miss() {
     let mut pool = Pool::new(SHAPE, 1 << 20);
     let mut store = ChunkStore::new(model(1), Some(dir.path().into()));
     let key = put(&mut store, &mut pool, &prefix, &tokens);
-    store.save(&pool, key).unwrap();
+    store.flush(&pool).unwrap();
     let segment = store.get(&mut pool, key, text).unwrap();
     let want = bytes(&pool, &segment);
     segment.release(&mut pool);

@@ -50,17 +50,17 @@ pub enum ForwardError {
 /// Buffers of a step, reused from step to step.
 #[derive(Default)]
 pub struct Scratch {
-    x: Vec<f32>,
-    normed: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    z: Vec<f32>,
+    pub(super) x: Vec<f32>,
+    pub(super) normed: Vec<f32>,
+    pub(super) q: Vec<f32>,
+    pub(super) k: Vec<f32>,
+    pub(super) v: Vec<f32>,
+    pub(super) z: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    out: Vec<f32>,
-    acts: Acts,
-    attend: AttendScratch,
+    pub(super) out: Vec<f32>,
+    pub(super) acts: Acts,
+    pub(super) attend: AttendScratch,
     positions: Vec<u32>,
 }
 
@@ -100,6 +100,7 @@ impl Model {
             first += i.tokens.len();
         }
         let sharing = Sharing::of(&seqs);
+        let tokens: Vec<u32> = inputs.iter().flat_map(|i| i.tokens).copied().collect();
         let observed = inputs.iter().map(|i| {
             (
                 i.extra.hooks,
@@ -108,7 +109,7 @@ impl Model {
             )
         });
         let mut watch = Watch::of(spec.layers, observed);
-        self.embed(inputs, &mut scratch.x)?;
+        self.embed(&tokens, &mut scratch.x)?;
         if watch.wants(0, Site::Embed) {
             watch.at(0, Site::Embed, &mut scratch.x, spec.d_model);
         }
@@ -136,7 +137,7 @@ impl Model {
         Ok(())
     }
 
-    fn embed(&self, inputs: &[Input<'_>], x: &mut Vec<f32>) -> Result<(), ForwardError> {
+    pub(super) fn embed(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<(), ForwardError> {
         let spec = self.spec();
         let d = spec.d_model;
         let table = self
@@ -145,7 +146,7 @@ impl Model {
             .ok_or_else(|| self.files.missing(Role::TokenEmbd))?;
         let row_bytes = table.bytes.len() / table.rows;
         x.clear();
-        for &token in inputs.iter().flat_map(|i| i.tokens) {
+        for &token in tokens {
             if token as usize >= table.rows {
                 return Err(ForwardError::Token {
                     token,
@@ -253,7 +254,7 @@ impl Model {
         Ok(())
     }
 
-    fn feed_forward(&self, l: usize, watch: &Watch<'_>, s: &mut Scratch) {
+    pub(super) fn feed_forward(&self, l: usize, watch: &Watch<'_>, s: &mut Scratch) {
         let (spec, layer): (_, &Layer) = (self.spec(), &self.weights.layers[l]);
         let (rows, ff) = (s.x.len() / spec.d_model, spec.d_ff);
         self.norm(&s.x, &layer.ffn_norm, &mut s.normed);
@@ -283,7 +284,7 @@ impl Model {
     }
 
     /// `x += out`, through the post-norm where the architecture has one. Hooks see what is added, and the sum.
-    fn add_back(
+    pub(super) fn add_back(
         &self,
         post_norm: Option<&[f32]>,
         (watch, l, [added, sum]): (&Watch<'_>, usize, [Site; 2]),
@@ -328,7 +329,7 @@ impl Model {
         watch.narrow(rows);
     }
 
-    fn logits(&self, watch: &Watch<'_>, s: &mut Scratch, logits: &mut Vec<f32>) {
+    pub(super) fn logits(&self, watch: &Watch<'_>, s: &mut Scratch, logits: &mut Vec<f32>) {
         let spec = self.spec();
         let rows = s.x.len() / spec.d_model;
         if rows == 0 {
@@ -356,14 +357,14 @@ impl Model {
         }
     }
 
-    fn project(&self, x: &[f32], w: &Matrix, acts: &mut Acts, out: &mut Vec<f32>) {
+    pub(super) fn project(&self, x: &[f32], w: &Matrix, acts: &mut Acts, out: &mut Vec<f32>) {
         let rows = x.len() / w.k();
         out.resize(rows * w.n(), 0.0);
         acts.load(x, rows, w.k());
         matmul(self.cpu, &self.team, acts, w, out);
     }
 
-    fn norm(&self, x: &[f32], w: &[f32], out: &mut Vec<f32>) {
+    pub(super) fn norm(&self, x: &[f32], w: &[f32], out: &mut Vec<f32>) {
         out.resize(x.len(), 0.0);
         let (eps, width) = (self.spec().norm_eps, w.len());
         self.per_row(out, width, |r, row| {
@@ -372,13 +373,13 @@ impl Model {
     }
 
     /// Norms every `w.len()` values of `x`: the heads of q and k.
-    fn norm_in_place(&self, x: &mut [f32], w: &[f32]) {
+    pub(super) fn norm_in_place(&self, x: &mut [f32], w: &[f32]) {
         let (eps, width) = (self.spec().norm_eps, w.len());
         self.per_row(x, width, |_, row| ops::rms_norm_in_place(row, w, eps));
     }
 
     /// Calls `f(row index, row)` on every row of `width` values, by the team when there are many.
-    fn per_row(&self, x: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    pub(super) fn per_row(&self, x: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
         self.team.per_row(x, width, &f);
     }
 }

@@ -1,19 +1,23 @@
 //! The decoder: one generic block, read from a [`ModelSpec`], for every architecture that we run.
 
+mod blend;
+mod encode;
 mod forward;
 mod weights;
 
 use std::sync::Arc;
 
-pub use antefix_attention::Extra;
 use antefix_attention::Geometry;
 use antefix_attention::hooks::HookShape;
+pub use antefix_attention::{Deviation, Extra};
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::ops::Rope;
 use antefix_kernels::team::Team;
 use antefix_kv::{KvDtype, KvShape};
 
+pub use blend::{Blend, Blended};
+pub use encode::EncodeError;
 pub use forward::{ForwardError, Input, Scratch};
 use weights::Weights;
 
@@ -122,6 +126,11 @@ impl Model {
             d_ff: spec.d_ff,
             vocab: spec.vocab,
         }
+    }
+
+    /// Rotation of one layer.
+    fn rope(&self, layer: usize) -> &Rope {
+        &self.ropes[self.spec().layer_kinds[layer].rope]
     }
 
     /// Attention of one layer.
