@@ -3,7 +3,7 @@
 use std::{path::Path, process::Command};
 
 /// Tests that compare committed pages with what the code says, and write them instead when they are told to.
-const WRITERS: [(&str, &str); 1] = [("antefix-papers", "pages")];
+const WRITERS: [(&str, &str); 2] = [("antefix-papers", "pages"), ("antefix-papers", "combinations")];
 
 /// Writes `docs/methods/`.
 pub(crate) fn run(root: &Path) -> Result<String, String> {

@@ -2,6 +2,7 @@
 
 use antefix_kv::{Context, SeqState};
 
+use crate::angles::Angles;
 use crate::hooks::Observer;
 
 /// What is special about the rows of one sequence. The default is ordinary dense attention and costs nothing.
@@ -14,6 +15,8 @@ pub struct Extra<'a> {
     pub context: Option<&'a Context>,
     /// Who observes or edits its activations.
     pub hooks: Option<&'a Observer>,
+    /// Angles and scales instead of the model's own.
+    pub angles: Option<&'a Angles>,
 }
 
 impl<'a> Extra<'a> {

@@ -1,5 +1,6 @@
 //! The one function through which every layer attends, and the seams that methods hang on.
 
+mod angles;
 mod attend;
 mod chunk_use;
 mod context;
@@ -9,6 +10,7 @@ pub mod method;
 pub mod readout;
 mod sharing;
 
+pub use angles::Angles;
 pub use attend::{AttendError, Geometry, Scratch, attend};
 pub use chunk_use::{ChunkLayout, ChunkUse, Deviation, Mend};
 pub use context::{Reader, attend_context};

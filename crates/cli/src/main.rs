@@ -3,6 +3,7 @@
 mod commands;
 mod failure;
 mod hooks;
+mod method;
 mod model;
 
 use std::process::ExitCode;

@@ -7,7 +7,7 @@ pub mod method;
 use std::path::Path;
 use std::sync::Arc;
 
-use antefix_engine::{Budget, Engine, EngineError, Event, Job, Options, RawJob, SeqId};
+use antefix_engine::{Budget, Engine, EngineError, Event, Options, RawJob, SeqId};
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::team::Team;
@@ -91,7 +91,7 @@ impl Traffic {
 
     /// Tokens of the longest request, its answer included.
     pub fn longest(&self) -> usize {
-        let tokens = |raw: &RawJob| raw.tokens.len() + raw.max_tokens.unwrap_or(0);
+        let tokens = |raw: &RawJob| prompt_tokens(raw) + raw.max_tokens.unwrap_or(0);
         self.arrivals
             .iter()
             .map(|(_, raw)| tokens(raw))
@@ -114,8 +114,8 @@ impl Traffic {
         while ids.iter().any(Option::is_none) || !engine.is_idle() {
             for (i, (at, raw)) in self.arrivals.iter().enumerate() {
                 if ids[i].is_none() && *at <= step {
-                    let job = Job::new(raw.clone(), engine.model().spec().vocab, engine.context());
-                    ids[i] = Some(engine.submit(job.expect("valid")).expect("it fits"));
+                    let job = engine.job(raw.clone()).expect("valid");
+                    ids[i] = Some(engine.submit(job).expect("it fits"));
                 }
             }
             engine.step(&mut events)?;
@@ -137,13 +137,26 @@ impl Traffic {
     }
 }
 
+/// Tokens that the prompt of `raw` may come to have: methods write documents several times.
+fn prompt_tokens(raw: &RawJob) -> usize {
+    let copies = if raw.documents.is_empty() { 1 } else { 5 };
+    raw.tokens.len() * copies + 8
+}
+
 /// An engine with room for little more than the longest request of `traffic`: requests wait, prefixes are evicted and
 /// sequences lose their memory to others.
 pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, traffic: &Traffic) -> Engine {
     let sizes = antefix_kv::Pool::new(model.kv_shape(), 0);
     let context = traffic.longest() + 32;
+    // A policy writes what stays before the rest is freed.
+    let cut = |(_, raw): &(usize, RawJob)| {
+        let cuts = raw.program.as_ref().is_some_and(|p| p.policy().is_some());
+        let twice = sizes.bytes_for(prompt_tokens(raw)) * 2 + sizes.shape().block_bytes();
+        if cuts { twice } else { 0 }
+    };
+    let cut = traffic.arrivals.iter().map(cut).max().unwrap_or(0);
     let options = Options {
-        kv_bytes: sizes.bytes_for(context) * 5 / 4,
+        kv_bytes: (sizes.bytes_for(context) * 5 / 4).max(cut),
         context,
         budget: traffic.budget,
     };

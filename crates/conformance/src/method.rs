@@ -9,20 +9,48 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use antefix_attention::method::{
-    self, Card, Chosen, Facts, Kind, Knobs, Method, Profiles, RawChoice, Rig, RigError, Value,
+    self, Card, Chosen, Facts, Kind, Knobs, Method, Need, Profiles, Program, RawChoice, Rig, RigError, Value,
 };
+use antefix_engine::{Budget, Engine, Event, Options, RawJob};
+use antefix_kernels::cpu::Cpu;
+use antefix_models::decoder::Model;
+use antefix_models::spec::Arch;
 use antefix_models::testing::Rng;
+use antefix_models::tokenizer::Tokenizer;
+
+use crate::{Answer, Traffic, engine, tiny};
 
 /// Runs the whole suite on one method.
 ///
 /// # Panics
 /// With what is wrong.
 pub fn check(method: &'static dyn Method) {
-    card_and_page_are_complete(method.card());
-    knobs_keep_their_ranges(method.card());
+    check_with(method, &[]);
+}
+
+/// The same, with settings that are tried beside random ones: for methods that need a profile, or whose interesting settings chance
+/// does not find.
+///
+/// # Panics
+/// With what is wrong.
+pub fn check_with(method: &'static dyn Method, settings: &[&str]) {
+    let card = method.card();
+    card_and_page_are_complete(card);
+    knobs_keep_their_ranges(card);
     installing_never_panics(method);
+    let given: Vec<Knobs> = settings
+        .iter()
+        .map(|text| {
+            let raw = RawChoice::parse(&format!("{},{text}", card.name));
+            raw.and_then(|raw| Knobs::new(card, &raw.knobs))
+                .unwrap_or_else(|e| panic!("{e}"))
+        })
+        .collect();
+    neutral_settings_change_no_bit(method);
+    answers_do_not_depend_on_cache_company_or_chunks(method, &given);
 }
 
 /// The card is in order, and the page can be made from the module documentation.
@@ -122,4 +150,203 @@ fn installing_never_panics(method: &'static dyn Method) {
             assert!(error.to_string().contains(method.card().name), "{error}");
         }
     }
+}
+
+/// A program of one method on a model, or nothing if the settings do not fit it.
+fn program(model: &Model, method: &'static dyn Method, knobs: Knobs) -> Option<Arc<Program>> {
+    let profiles = Profiles::default();
+    let program = Rig::assemble(&model.facts(), &profiles, &[Chosen { method, knobs }]);
+    program.ok().map(Arc::new)
+}
+
+/// Puts two documents into a prompt that is long enough.
+fn with_documents(raw: &mut RawJob) {
+    let n = raw.tokens.len();
+    if n >= 8 {
+        raw.documents = vec![1..n / 3, n / 3 + 1..n - 2];
+    }
+}
+
+/// With the card's neutral settings, a request gets the bits of dense attention.
+fn neutral_settings_change_no_bit(method: &'static dyn Method) {
+    let card = method.card();
+    let Some(neutral) = card.neutral else { return };
+    let raw = RawChoice::parse(&format!("{},{neutral}", card.name)).expect("the card is in order");
+    let knobs = Knobs::new(card, &raw.knobs).expect("the card is in order");
+    for arch in [Arch::Llama, Arch::Gemma3] {
+        let (model, tokenizer) = tiny(arch, Cpu::best(), 1);
+        let Some(program) = program(&model, method, knobs.clone()) else {
+            return;
+        };
+        let mut rng = Rng(11);
+        for _ in 0..6 {
+            let mut dense = Traffic::random(&mut rng, model.spec().vocab);
+            dense.arrivals.retain(|(_, raw)| raw.tokens.len() >= 8);
+            dense.arrivals.iter_mut().for_each(|(_, raw)| with_documents(raw));
+            let mut neutral = dense.clone();
+            for (_, raw) in &mut neutral.arrivals {
+                raw.program = Some(Arc::clone(&program));
+            }
+            let run = |traffic: &Traffic| {
+                let mut engine = engine(&model, &tokenizer, traffic);
+                traffic.run(&mut engine).expect("the engine runs")
+            };
+            assert!(run(&dense) == run(&neutral), "{neutral:?} is not neutral");
+        }
+    }
+}
+
+/// Requests under the method run with dense ones and with each other, in chunks, out of the cache and preempted: each gets the bits
+/// that it gets alone on a cold engine with room for everything.
+fn answers_do_not_depend_on_cache_company_or_chunks(method: &'static dyn Method, given: &[Knobs]) {
+    let needs = method.card().needs.contains(&Need::Documents);
+    let (mut edits, mut preempted) = (0, 0);
+    for arch in [Arch::Llama, Arch::Qwen3, Arch::Gemma3] {
+        let (model, tokenizer) = tiny(arch, Cpu::best(), 2);
+        let mut rng = Rng(arch as u64 + 5);
+        for case in 0..12 {
+            let make = if case % 4 == 3 {
+                Traffic::long
+            } else {
+                Traffic::random
+            };
+            let mut traffic = make(&mut rng, model.spec().vocab);
+            for (_, raw) in &mut traffic.arrivals {
+                let knobs = match rng.bits() as usize % (given.len() + 1) {
+                    0 => random_knobs(method.card(), &mut rng),
+                    i => given[i - 1].clone(),
+                };
+                let asks = !rng.bits().is_multiple_of(3) && (!needs || raw.tokens.len() >= 8);
+                if asks && let Some(program) = program(&model, method, knobs) {
+                    with_documents(raw);
+                    raw.program = Some(program);
+                }
+            }
+            let mut together = engine(&model, &tokenizer, &traffic);
+            for round in 0..2 {
+                let got = traffic.run(&mut together).expect("the engine runs");
+                for (i, (_, raw)) in traffic.arrivals.iter().enumerate() {
+                    let (alone, did) = alone(&model, &tokenizer, raw);
+                    edits += did;
+                    assert!(
+                        got[i] == alone,
+                        "case {case}, round {round}, request {i}: {raw:?}"
+                    );
+                }
+            }
+            preempted += together.load().preempted;
+        }
+    }
+    eprintln!(
+        "{}: {edits} cuts of a cache, {preempted} requests preempted",
+        method.card().name
+    );
+}
+
+/// The answer of one request on an engine of its own, and how often its cache was cut.
+fn alone(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, raw: &RawJob) -> (Answer, usize) {
+    let options = Options {
+        kv_bytes: 1 << 28,
+        context: usize::MAX,
+        budget: Budget {
+            rows: 4096,
+            prompt_rows_beside_decode: 4096,
+        },
+    };
+    let mut engine = Engine::new(Arc::clone(model), Arc::clone(tokenizer), options);
+    let job = engine.job(raw.clone()).expect("valid");
+    engine.submit(job).expect("it fits");
+    let (mut answer, mut edits) = (Answer::new(), 0);
+    for event in engine.run().expect("the engine runs") {
+        match event {
+            Event::Token {
+                token,
+                logits: Some(logits),
+                ..
+            } => answer.push((token, logits)),
+            Event::End { method, .. } => edits = method.map_or(0, |m| m.edits),
+            _ => {}
+        }
+    }
+    (answer, edits)
+}
+
+/// How two methods get on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Pair {
+    /// A request under both ran, and came to the same bits twice, the second time out of the cache.
+    Works,
+    /// They do not go together, and the rig says why.
+    Refused(String),
+    /// One of them cannot be installed without a profile of the model.
+    NeedsProfile,
+}
+
+/// Installs two methods with settings that do something on a short prompt, and runs a request under both.
+///
+/// # Panics
+/// When they are installed and the request fails, or is not the same twice.
+pub fn pair(one: &'static dyn Method, other: &'static dyn Method) -> Pair {
+    let (model, tokenizer) = tiny(Arch::Gemma3, Cpu::best(), 2);
+    let chosen = [one, other].map(|method| Chosen {
+        method,
+        knobs: small(method.card()),
+    });
+    let program = match Rig::assemble(&model.facts(), &Profiles::default(), &chosen) {
+        Ok(program) => Arc::new(program),
+        Err(RigError::Profile { .. }) => return Pair::NeedsProfile,
+        Err(error) => return Pair::Refused(error.to_string()),
+    };
+    let mut rng = Rng(3);
+    let mut raw = RawJob {
+        tokens: (0..150)
+            .map(|_| rng.bits() as u32 % model.spec().vocab as u32)
+            .collect(),
+        max_tokens: Some(40),
+        ignore_eos: true,
+        want_logits: true,
+        program: Some(program),
+        ..RawJob::default()
+    };
+    with_documents(&mut raw);
+    let (first, _) = alone(&model, &tokenizer, &raw);
+    let mut engine = Engine::new(
+        Arc::clone(&model),
+        Arc::clone(&tokenizer),
+        Options {
+            kv_bytes: 1 << 28,
+            context: usize::MAX,
+            budget: Budget {
+                rows: 33,
+                prompt_rows_beside_decode: 7,
+            },
+        },
+    );
+    let traffic = Traffic {
+        arrivals: vec![(0, raw.clone()), (60, raw)],
+        budget: Budget::default(),
+    };
+    for answer in traffic.run(&mut engine).expect("the engine runs") {
+        assert!(
+            answer == first,
+            "{} and {}: not the same twice",
+            one.card().name,
+            other.card().name
+        );
+    }
+    Pair::Works
+}
+
+/// The defaults, but for whole numbers in rows or tokens, which are small enough for a short prompt.
+fn small(card: &'static Card) -> Knobs {
+    let mut given = BTreeMap::new();
+    for knob in card.knobs {
+        let counts = knob.unit.contains("rows") || knob.unit.contains("tokens");
+        if let (Kind::Int { min, max }, true) = (knob.kind, counts)
+            && let antefix_attention::method::Preset::Int(default) = knob.default
+        {
+            given.insert(knob.name.to_string(), Value::Int(default.min(24).clamp(min, max)));
+        }
+    }
+    Knobs::new(card, &given).unwrap_or_else(|e| panic!("values from the ranges: {e}"))
 }

@@ -75,7 +75,7 @@ fn a_cancelled_request_gives_its_pages_back() {
         .arrivals
         .iter()
         .map(|(_, raw)| {
-            let job = antefix_engine::Job::new(raw.clone(), model.spec().vocab, engine.context()).unwrap();
+            let job = engine.job(raw.clone()).unwrap();
             engine.submit(job).unwrap()
         })
         .collect();

@@ -4,12 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use antefix_kv::{KvError, Pool, Radix, SeqKv};
+use antefix_attention::method::Program;
+use antefix_kv::{EditError, KvError, Pool, Radix, SeqKv, SeqState};
 use antefix_models::decoder::{Extra, ForwardError, Input, Model, Scratch};
 use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
 
 use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabouts};
+use crate::course::{Course, MethodReport};
 use crate::job::{Job, JobError};
 use crate::sampler::{Sampler, log_probs};
 use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
@@ -36,6 +38,9 @@ pub enum EngineError {
     /// The KV cache could not serve an admitted sequence: our mistake.
     #[error(transparent)]
     Kv(#[from] KvError),
+    /// What a cache policy decided cannot be done.
+    #[error(transparent)]
+    Edit(#[from] EditError),
 }
 
 /// Why a sequence ended.
@@ -104,6 +109,8 @@ pub enum Event {
         text: String,
         /// Its cost.
         usage: Usage,
+        /// What its methods did; `None` for dense attention.
+        method: Option<Box<MethodReport>>,
     },
 }
 
@@ -131,7 +138,8 @@ pub struct Load {
 struct Seq {
     id: SeqId,
     job: Job,
-    kv: SeqKv,
+    kv: SeqState,
+    course: Course,
     /// Prompt and answer so far.
     tokens: Vec<u32>,
     prompt: usize,
@@ -149,11 +157,12 @@ struct Seq {
 }
 
 impl Seq {
-    fn new(id: SeqId, mut job: Job, kv: SeqKv) -> Self {
+    fn new(id: SeqId, mut job: Job, kv: SeqState, course: Course) -> Self {
         let tokens = std::mem::take(&mut job.tokens);
         Self {
             id,
             kv,
+            course,
             prompt: tokens.len(),
             tokens,
             cached: None,
@@ -168,13 +177,19 @@ impl Seq {
         }
     }
 
+    /// Tokens computed so far.
+    fn done(&self) -> usize {
+        self.kv.next_pos() as usize
+    }
+
+    /// Tokens that can be computed before its cache policy decides again.
     fn pending(&self) -> usize {
-        self.tokens.len() - self.kv.len()
+        self.tokens.len().min(self.course.border()) - self.done()
     }
 
     /// Whether only the token drawn last is to be computed. A sequence that lost its memory has more to do.
     fn decoding(&self) -> bool {
-        self.kv.len() >= self.prompt && self.pending() == 1
+        self.done() >= self.prompt && self.tokens.len() - self.done() == 1
     }
 
     fn usage(&self) -> Usage {
@@ -188,7 +203,7 @@ impl Seq {
 
     /// Of how many of its next `n` rows logits are read: all of the prompt's that are asked for, and the very last.
     fn wanted(&self, n: usize) -> usize {
-        let from = self.kv.len();
+        let from = self.done();
         let missing = self.job.prompt_logprobs && self.prompt_logprobs.len() + 1 < self.prompt;
         match (missing, from + n == self.tokens.len()) {
             (true, _) => n,
@@ -213,6 +228,8 @@ pub struct Engine {
     model: Arc<Model>,
     tokenizer: Arc<Tokenizer>,
     options: Options,
+    /// The context that was asked for, whatever the model was trained on.
+    asked_context: usize,
     pool: Pool,
     cache: Cache,
     waiting: Vec<Seq>,
@@ -231,6 +248,7 @@ impl Engine {
     pub fn new(model: Arc<Model>, tokenizer: Arc<Tokenizer>, options: Options) -> Self {
         let pool = Pool::new(model.kv_shape(), options.kv_bytes);
         let cache = Cache::new(model.spec(), CacheOptions::default());
+        let asked_context = options.context;
         let options = Options {
             context: options.context.min(model.spec().context),
             ..options
@@ -239,6 +257,7 @@ impl Engine {
             model,
             tokenizer,
             options,
+            asked_context,
             pool,
             cache,
             waiting: Vec::new(),
@@ -273,6 +292,12 @@ impl Engine {
     /// Tokens of one sequence at most.
     pub fn context(&self) -> usize {
         self.options.context
+    }
+
+    /// The same for requests under `program`: angles of its own may reach further than the model's training, up to what was asked
+    /// for when the engine was made.
+    pub fn context_with(&self, program: &Program) -> usize {
+        program.context(self.options.context).min(self.asked_context)
     }
 
     /// The KV pages, for their figures.
@@ -349,12 +374,18 @@ impl Engine {
     ///
     /// # Errors
     /// When it could not run even alone.
-    pub fn submit(&mut self, job: Job) -> Result<SeqId, JobError> {
-        let need = self.pool.bytes_for(job.tokens.len() + job.max_tokens);
+    pub fn submit(&mut self, mut job: Job) -> Result<SeqId, JobError> {
+        let mut need = self.pool.bytes_for(job.tokens.len() + job.max_tokens);
+        if job.program.policy().is_some() {
+            // The rows that stay are written before the others are freed.
+            need = need.max(self.pool.bytes_for(job.tokens.len()) * 2 + self.pool.shape().block_bytes());
+        }
         let capacity = self.pool.capacity();
         if need > capacity {
             return Err(JobError::Memory { need, capacity });
         }
+        let course = Course::new(&self.model, &job);
+        job.salt = course.salted(job.salt);
         let id = SeqId(self.next);
         self.next += 1;
         let tenant = job.tenant;
@@ -363,7 +394,7 @@ impl Engine {
             self.used.insert(tenant, level);
         }
         self.waiting
-            .push(Seq::new(id, job, SeqKv::new(self.pool.shape())));
+            .push(Seq::new(id, job, SeqState::new(self.pool.shape()), course));
         Ok(id)
     }
 
@@ -423,14 +454,14 @@ impl Engine {
             .iter()
             .map(|(at, part)| {
                 let seq = &self.running[*at];
-                let from = seq.kv.len();
+                let from = seq.done();
                 Input {
                     tokens: &seq.tokens[from..from + part.tokens],
-                    kv: &seq.kv,
+                    kv: &seq.kv.tail,
                     logits: seq.wanted(part.tokens),
                     extra: Extra {
                         hooks: seq.job.hooks.as_deref(),
-                        ..Extra::default()
+                        ..seq.course.extra(&seq.kv)
                     },
                 }
             })
@@ -448,7 +479,7 @@ impl Engine {
         }
         let logits = std::mem::take(&mut self.logits);
         let mut rows = logits.chunks_exact(self.model.spec().vocab);
-        let mut ended = Vec::new();
+        let (mut ended, mut deciding) = (Vec::new(), Vec::new());
         for ((at, part), wanted) in parts.into_iter().zip(wanted) {
             let seq = &mut self.running[at];
             *(if seq.decoding() {
@@ -457,13 +488,17 @@ impl Engine {
                 &mut report.prompt_rows
             }) += part.tokens;
             *self.used.entry(seq.job.tenant).or_default() += part.tokens as u64;
-            let had_prompt = seq.kv.len() >= seq.prompt;
-            seq.kv.commit(part.tokens);
-            let done = seq.kv.len();
+            let had_prompt = seq.done() >= seq.prompt;
+            seq.kv.tail.commit(part.tokens);
+            let done = seq.done();
             if !had_prompt && done >= seq.prompt && !seq.job.no_cache {
-                let (tokens, salt) = (&seq.tokens[..seq.prompt], seq.job.salt);
-                self.cache
-                    .insert(&mut self.pool, tokens, salt, &seq.kv, seq.job.keep);
+                keep_prefix(&mut self.cache, &mut self.pool, seq, seq.prompt);
+            }
+            if done >= seq.course.border() {
+                if !seq.job.no_cache {
+                    keep_prefix(&mut self.cache, &mut self.pool, seq, done);
+                }
+                deciding.push(seq.id);
             }
             let last = (done == seq.tokens.len() && wanted > 0).then_some(done - 1);
             for (row, at) in rows.by_ref().take(wanted).zip(done - wanted..) {
@@ -485,6 +520,9 @@ impl Engine {
         }
         self.logits = logits;
         self.end_all(|s| ended.iter().find(|e| e.0 == s.id).map(|e| e.1), events);
+        for id in deciding {
+            self.decide(id, events)?;
+        }
         Ok(report)
     }
 
@@ -526,9 +564,10 @@ impl Engine {
             // The last token is always computed: its logits are needed.
             let mut kv = match seq.job.no_cache || seq.job.recompute() {
                 true => SeqKv::new(self.pool.shape()),
-                false => self
-                    .cache
-                    .lookup(&mut self.pool, &seq.tokens[..known - 1], seq.job.salt),
+                false => {
+                    let known = &seq.tokens[..seq.course.cacheable(known - 1)];
+                    self.cache.lookup(&mut self.pool, known, seq.job.salt)
+                }
             };
             let cached = kv.len();
             let answer = (seq.prompt + seq.job.max_tokens - known).min(FIRST_ANSWER_TOKENS);
@@ -560,7 +599,7 @@ impl Engine {
                 };
             }
             let mut seq = self.waiting.remove(at);
-            seq.kv = kv;
+            seq.kv.tail = kv;
             let came = self.cache.take_loaded(&mut self.pool, seq.id);
             if seq.cached.is_none() {
                 seq.cached = Some(cached);
@@ -595,13 +634,13 @@ impl Engine {
         for part in parts {
             while let Some(at) = self.running.iter().position(|s| s.id == part.id) {
                 let seq = &mut self.running[at];
-                let Err(error) = self.pool.reserve(&mut seq.kv, part.tokens) else {
+                let Err(error) = self.pool.reserve(&mut seq.kv.tail, part.tokens) else {
                     break;
                 };
                 let short = self.pool.bytes_for(part.tokens + PAGE_ROWS);
                 self.cache.evict(&mut self.pool, short);
                 let seq = &mut self.running[at];
-                if self.pool.reserve(&mut seq.kv, part.tokens).is_ok() {
+                if self.pool.reserve(&mut seq.kv.tail, part.tokens).is_ok() {
                     break;
                 }
                 if self.cache.give_loads_up(&mut self.pool) {
@@ -620,15 +659,43 @@ impl Engine {
         Ok(())
     }
 
+    /// Lets the cache policy of `id` decide. When there is no room for what stays, cached prefixes go, then the memory of others.
+    fn decide(&mut self, id: SeqId, events: &mut Vec<Event>) -> Result<(), EngineError> {
+        while let Some(at) = self.running.iter().position(|s| s.id == id) {
+            let Seq { course, kv, .. } = &mut self.running[at];
+            let Err(error) = course.decide(&self.model, &mut self.pool, kv) else {
+                return Ok(());
+            };
+            let EditError::Kv(KvError::OutOfMemory { asked, .. }) = error else {
+                self.end_all(|s| (s.id == id).then_some(Done::Failed), events);
+                return Err(error.into());
+            };
+            let before = self.pool.free_bytes();
+            self.cache.evict(&mut self.pool, asked.max(before + 1));
+            if self.pool.free_bytes() > before {
+                continue;
+            }
+            let others = (0..self.running.len()).filter(|&i| i != at);
+            match others.max_by_key(|&i| (self.running[i].job.priority, self.running[i].id)) {
+                Some(last) => self.preempt(last),
+                None => {
+                    self.end_all(|s| (s.id == id).then_some(Done::Failed), events);
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn preempt(&mut self, at: usize) {
         let mut seq = self.running.remove(at);
-        let kv = std::mem::replace(&mut seq.kv, SeqKv::new(self.pool.shape()));
         if !seq.job.no_cache {
-            let tokens = &seq.tokens[..kv.len()];
-            self.cache
-                .insert(&mut self.pool, tokens, seq.job.salt, &kv, seq.job.keep);
+            keep_prefix(&mut self.cache, &mut self.pool, &seq, seq.done());
         }
-        self.pool.release(kv);
+        let kv = std::mem::replace(&mut seq.kv, SeqState::new(self.pool.shape()));
+        kv.release(&mut self.pool);
+        // What a policy decided is decided again, at the same places.
+        seq.course.restart();
         seq.prompt_logprobs.clear();
         seq.looked_below = seq.job.no_cache || seq.job.prompt_logprobs;
         self.preempted += 1;
@@ -640,7 +707,7 @@ impl Engine {
         let computing = self
             .running
             .iter()
-            .filter(|s| s.kv.len() < s.prompt && !s.job.no_cache && s.job.salt == seq.job.salt);
+            .filter(|s| s.done() < s.prompt && !s.job.no_cache && s.job.salt == seq.job.salt);
         let in_common = |s: &Seq| {
             let pairs = s.tokens[..s.prompt].iter().zip(known);
             pairs.take_while(|(a, b)| a == b).count() / PAGE_ROWS * PAGE_ROWS
@@ -679,20 +746,26 @@ impl Engine {
             done,
             text,
             usage: seq.usage(),
+            method: seq.course.report(&self.pool, &seq.kv).map(Box::new),
         });
         // The answer is the start of the next turn's prompt.
-        if done != Done::Failed && seq.kv.len() >= seq.prompt && !seq.job.no_cache {
-            let (tokens, salt) = (&seq.tokens[..seq.kv.len()], seq.job.salt);
-            self.cache
-                .insert(&mut self.pool, tokens, salt, &seq.kv, seq.job.keep);
+        if done != Done::Failed && seq.done() >= seq.prompt && !seq.job.no_cache {
+            keep_prefix(&mut self.cache, &mut self.pool, &seq, seq.done());
         }
         self.cache.take_loaded(&mut self.pool, seq.id);
-        self.pool.release(seq.kv);
+        seq.kv.release(&mut self.pool);
         let tenant = seq.job.tenant;
         let still = |s: &Seq| s.job.tenant == tenant;
         if !self.waiting.iter().any(still) && !self.running.iter().any(still) {
             self.used.remove(&tenant);
         }
+    }
+}
+
+/// Keeps the first `tokens` tokens of `seq` in the tree of prefixes, if they are exact: what a policy has cut never is.
+fn keep_prefix(cache: &mut Cache, pool: &mut Pool, seq: &Seq, tokens: usize) {
+    if let Some(exact) = seq.kv.exact() {
+        cache.insert(pool, &seq.tokens[..tokens], seq.job.salt, exact, seq.job.keep);
     }
 }
 

@@ -1,12 +1,15 @@
 //! A request, checked: having a [`Job`] proves that it can run on the model it was made for.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::hooks::Observer;
+use antefix_attention::method::Program;
 use antefix_kv::Keep;
 
 use crate::constraint::BoxedConstraint;
 use crate::sampler::{RawSampling, Sampling, SamplingError};
+use crate::tail::Tail;
 
 /// Alternatives that a request may ask for beside each token.
 pub const MAX_TOP_LOGPROBS: usize = 64;
@@ -46,6 +49,13 @@ pub struct RawJob {
     pub constraint: Option<BoxedConstraint>,
     /// Reads or changes activations; one for each request. Its owner takes out what it captured.
     pub hooks: Option<Arc<Observer>>,
+    /// Where documents lie in the prompt: ascending, disjoint, not empty.
+    pub documents: Vec<Range<usize>>,
+    /// The methods that it runs under; none = dense attention.
+    pub program: Option<Arc<Program>>,
+    /// The cache policy decides behind the last document, and the question is computed on what it left; otherwise it decides behind
+    /// the whole prompt, and knows the question.
+    pub question_after_cut: bool,
 }
 
 /// Why a request cannot run.
@@ -94,6 +104,26 @@ pub enum JobError {
         /// What was asked.
         asked: usize,
     },
+    /// Documents that do not lie in the prompt one after the other.
+    #[error("the documents do not lie in the prompt one after the other")]
+    Documents,
+    /// A method that works on documents, and none are there.
+    #[error("`{method}` needs documents beside the question\nhint: {hint}")]
+    NoDocuments {
+        /// The method.
+        method: &'static str,
+        /// How to give some.
+        hint: &'static str,
+    },
+    /// Hooks of one's own beside a method that has some.
+    #[error("`{method}` has hooks itself\nhint: ask for the method or for hooks of your own")]
+    HooksTwice {
+        /// The methods.
+        method: String,
+    },
+    /// Hooks that do not fit the model.
+    #[error("{0}")]
+    Hooks(String),
     /// A sampling setting.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
@@ -118,15 +148,25 @@ pub struct Job {
     pub(crate) want_logits: bool,
     pub(crate) constraint: Option<BoxedConstraint>,
     pub(crate) hooks: Option<Arc<Observer>>,
+    pub(crate) program: Arc<Program>,
+    /// Tokens of the prompt before methods rewrote it.
+    pub(crate) prompt_before: usize,
+    /// Tokens of the prompt behind which its cache policy decides first.
+    pub(crate) decide_at: usize,
+    /// The queries that its cache policy sees.
+    pub(crate) tail: Option<Arc<Tail>>,
 }
 
 impl Job {
     /// Whether its whole prompt is computed, cached or not.
     pub(crate) fn recompute(&self) -> bool {
-        self.prompt_logprobs || self.hooks.as_ref().is_some_and(|h| h.plan().recompute())
+        self.prompt_logprobs
+            || self.program.sees_all()
+            || self.hooks.as_ref().is_some_and(|h| h.plan().recompute())
     }
 
-    /// Checks `raw` against a model's vocabulary and context.
+    /// Checks `raw` against a model's vocabulary and context. Its prompt is computed as it is: [`crate::Engine::job`] is for
+    /// requests whose methods rewrite it.
     ///
     /// # Errors
     /// See [`JobError`].
@@ -168,6 +208,10 @@ impl Job {
             want_logits: raw.want_logits,
             constraint: raw.constraint,
             hooks: raw.hooks,
+            program: raw.program.unwrap_or_default(),
+            prompt_before: prompt,
+            decide_at: prompt,
+            tail: None,
         })
     }
 }

@@ -4,20 +4,24 @@
 
 mod cache;
 mod constraint;
+mod course;
 mod engine;
 mod job;
+mod prepare;
 mod reuse;
 mod sampler;
 mod schedule;
 mod session;
 mod stop;
+mod tail;
 
 pub use antefix_kv::Keep;
 pub use cache::{CacheOptions, CacheStats, IdentityError, PinError, Whereabouts, identity};
 pub use constraint::{BoxedConstraint, Constraint, ConstraintFailed};
+pub use course::MethodReport;
 pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
 pub use job::{Job, JobError, MAX_TOP_LOGPROBS, RawJob};
 pub use reuse::{Library, Provenance, ReuseError};
 pub use sampler::{RawSampling, Sampler, Sampling, SamplingError, argmax, log_softmax_at};
 pub use schedule::{Batch, Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
-pub use session::Session;
+pub use session::{NotForTexts, Session};

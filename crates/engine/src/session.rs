@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use antefix_attention::Angles;
 use antefix_attention::hooks::Observer;
+use antefix_attention::method::Program;
 use antefix_attention::readout::AttentionView;
 use antefix_kv::{Pool, SeqKv};
 use antefix_models::decoder::{Extra, Input, Model, Scratch};
@@ -17,6 +19,17 @@ pub struct Session {
     scratch: Scratch,
     chunk: usize,
     hooks: Option<Arc<Observer>>,
+    angles: Option<Arc<Angles>>,
+}
+
+/// Methods that have no meaning for a text that is computed as it is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{method}` works on prompts and their answers, not on a text that is scored as it is\nhint: use antefix run or antefix eval"
+)]
+pub struct NotForTexts {
+    /// The methods.
+    pub method: String,
 }
 
 impl Session {
@@ -35,7 +48,23 @@ impl Session {
             scratch: Scratch::default(),
             chunk: chunk.max(1),
             hooks: None,
+            angles: None,
         }
+    }
+
+    /// From now on the angles and hooks of `program` hold, for texts of up to `tokens` tokens.
+    ///
+    /// # Errors
+    /// When it rewrites prompts or cuts caches.
+    pub fn run_under(&mut self, program: &Program, tokens: usize) -> Result<(), NotForTexts> {
+        if !program.scores_texts() {
+            return Err(NotForTexts {
+                method: program.name(),
+            });
+        }
+        self.angles = program.rotation(tokens).map(|r| self.model.angles(r));
+        self.hooks = program.observer(tokens, 0).map(Arc::new);
+        Ok(())
     }
 
     /// From now on `hooks` read or change the activations; `None` ends that.
@@ -94,6 +123,7 @@ impl Session {
                 logits: end.saturating_sub(first_wanted.max(end - chunk.len())),
                 extra: Extra {
                     hooks: self.hooks.as_deref(),
+                    angles: self.angles.as_deref(),
                     ..Extra::default()
                 },
             };

@@ -4,6 +4,7 @@ pub mod attention;
 pub mod bench;
 pub mod eval;
 pub mod heads;
+pub mod host;
 pub mod logits;
 pub mod perplexity;
 pub mod plot;

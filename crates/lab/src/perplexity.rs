@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use antefix_engine::{EngineError, Session, log_softmax_at};
+use antefix_attention::method::Program;
+use antefix_engine::{EngineError, NotForTexts, Session, log_softmax_at};
 use antefix_models::decoder::Model;
 use antefix_models::tokenizer::Tokenizer;
 use serde::Serialize;
@@ -36,12 +37,15 @@ pub enum PerplexityError {
         /// Window.
         ctx: usize,
     },
+    /// Methods that score no texts.
+    #[error(transparent)]
+    Method(#[from] NotForTexts),
     /// The model failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
 }
 
-/// Scores `tokens` (with the begin-of-text token at the start, if the model uses one) in windows of `ctx`.
+/// Scores `tokens` (with the begin-of-text token at the start, if the model uses one) in windows of `ctx`, under `program`.
 ///
 /// `progress` hears the number of finished windows, of all windows, and the perplexity so far.
 ///
@@ -52,6 +56,7 @@ pub fn perplexity(
     tokenizer: &Tokenizer,
     tokens: &[u32],
     ctx: usize,
+    program: Option<&Program>,
     mut progress: impl FnMut(usize, usize, f64),
 ) -> Result<Perplexity, PerplexityError> {
     let windows = tokens.len() / ctx.max(2);
@@ -64,6 +69,9 @@ pub fn perplexity(
     let (first, vocab) = (ctx / 2, model.spec().vocab);
     let (mut nll, mut count) = (0.0f64, 0usize);
     let mut session = Session::new(Arc::clone(model), ctx, 512);
+    if let Some(program) = program {
+        session.run_under(program, ctx)?;
+    }
     let mut logits = Vec::new();
     for w in 0..windows {
         let mut window = tokens[w * ctx..(w + 1) * ctx].to_vec();

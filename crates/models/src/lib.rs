@@ -2,6 +2,7 @@
 
 pub mod captures;
 pub mod decoder;
+pub mod documents;
 pub mod error;
 pub mod files;
 pub mod gguf;

@@ -9,6 +9,7 @@ pub mod heads;
 // papers: first
 pub mod act;
 pub mod jrt;
+pub mod kv_baselines;
 pub mod retrieval_heads;
 // papers: last
 
@@ -17,5 +18,6 @@ pub mod retrieval_heads;
 pub const ALL: &[&dyn Method] = &[
     // methods: first
     &jrt::Jrt,
+    &kv_baselines::StreamingLlm,
     // methods: last
 ];

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use antefix_engine::Done;
+use antefix_models::documents;
 use antefix_models::template::Message;
 use antefix_models::tokenizer::Tokenizer;
 use axum::Json;
@@ -12,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::auth::Tenant;
 use crate::error::ApiError;
+use crate::methods::note;
 use crate::state::{App, now};
 use crate::stream;
 use crate::tools::{self, Piece, Splitter, ToolChoice};
@@ -172,7 +174,11 @@ pub(crate) async fn answer(
     request: ChatRequest,
 ) -> Result<Response, ApiError> {
     let ignored = unknown(&request.extra, app.strict)?;
-    let messages = plain(request.messages)?;
+    let asked = request.knobs.asked(&app.offer)?;
+    let mut messages = plain(request.messages)?;
+    if !asked.documents.is_empty() {
+        stand_before(&mut messages)?;
+    }
     let choice = ToolChoice::read(request.tool_choice.as_ref())?;
     let tools = request
         .tools
@@ -191,7 +197,10 @@ pub(crate) async fn answer(
         text.push_str(tools::OPENING);
         grammar.clone_from(&forced);
     }
-    let tokens = app.tokenizer().encode_prompt(&text);
+    let prompt = match asked.documents.is_empty() {
+        true => app.tokenizer().encode_prompt(&text).into(),
+        false => documents::encode(app.tokenizer(), &text, &asked.documents),
+    };
     let reports = Reports {
         logprobs: request.logprobs.unwrap_or(false),
         top: request.top_logprobs.unwrap_or(0),
@@ -204,7 +213,15 @@ pub(crate) async fn answer(
     let max_tokens = request.max_completion_tokens.or(request.knobs.max_tokens);
     let running = request
         .knobs
-        .start(&app, &tenant, vec![tokens], n, max_tokens, reports, grammar)
+        .start(
+            &app,
+            &tenant,
+            (vec![prompt], asked),
+            n,
+            max_tokens,
+            reports,
+            grammar,
+        )
         .await?;
     let form = Form {
         id: app.id("chatcmpl"),
@@ -253,7 +270,7 @@ fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
     };
     let choices: Vec<Value> = answers.iter().enumerate().map(choice).collect();
     let usages: Vec<_> = answers.iter().map(|a| a.usage).collect();
-    json!({
+    let mut body = json!({
         "id": form.id,
         "object": "chat.completion",
         "created": form.created,
@@ -261,7 +278,22 @@ fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
         "system_fingerprint": crate::FINGERPRINT,
         "choices": choices,
         "usage": usage_json(total(&usages, usages.len())),
-    })
+    });
+    note(&mut body, answers.first().and_then(|a| a.method.as_deref()));
+    body
+}
+
+/// The documents stand at the start of the last message of the user.
+fn stand_before(messages: &mut [Message]) -> Result<(), ApiError> {
+    let last = messages.iter_mut().rfind(|m| m.role == "user");
+    let last = last.ok_or_else(|| {
+        ApiError::param(
+            "antefix",
+            "documents stand before a question, but there is no message of the role `user`",
+        )
+    })?;
+    last.content.insert_str(0, documents::MARK);
+    Ok(())
 }
 
 fn parts(app: &App, text: &str, opened: bool) -> (String, Vec<Value>) {
@@ -324,6 +356,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
             };
             let Some((index, happened)) = next else { break };
             let choice = &mut choices[index];
+            let mut method = None;
             let (text, logprobs, end) = match happened {
                 Happened::Prompt(_) => continue,
                 Happened::Token(drawn) => {
@@ -333,8 +366,14 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                     };
                     (drawn.text, logprobs, None)
                 }
-                Happened::End { done, text, usage } => {
+                Happened::End {
+                    done,
+                    text,
+                    usage,
+                    method: did,
+                } => {
                     usages[index] = usage;
+                    method = did;
                     (text, Value::Null, Some(done))
                 }
             };
@@ -373,7 +412,9 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                     0 => finish_reason(done),
                     _ => "tool_calls",
                 };
-                if !send(&chunk(index, json!({}), Value::Null, Some(reason))) {
+                let mut last = chunk(index, json!({}), Value::Null, Some(reason));
+                note(&mut last, method.as_deref());
+                if !send(&last) {
                     return;
                 }
             }

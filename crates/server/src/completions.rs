@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use antefix_engine::{Done, PromptLogprob};
+use antefix_models::documents;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -11,6 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::auth::Tenant;
 use crate::chat::usage_json;
 use crate::error::ApiError;
+use crate::methods::note;
 use crate::state::{App, now};
 use crate::stream;
 use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
@@ -145,7 +147,21 @@ pub(crate) async fn answer(
     if request.suffix.is_some_and(|s| !s.is_empty()) {
         return Err(ApiError::param("suffix", "`suffix` is not supported"));
     }
+    let asked = request.knobs.asked(&app.offer)?;
+    let with_documents = match &request.prompt {
+        _ if asked.documents.is_empty() => None,
+        Prompt::Text(text) => Some(documents::encode(app.tokenizer(), text, &asked.documents)),
+        _ => {
+            return Err(ApiError::param(
+                "prompt",
+                "documents stand before a text, not before token ids or several texts",
+            ));
+        }
+    };
     let prompts: Vec<Vec<u32>> = match request.prompt {
+        Prompt::Text(_) if with_documents.is_some() => {
+            with_documents.iter().map(|p| p.tokens.clone()).collect()
+        }
         Prompt::Text(text) => vec![app.tokenizer().encode_prompt(&text)],
         Prompt::Ids(ids) => vec![ids],
         Prompt::Texts(texts) => texts.iter().map(|t| app.tokenizer().encode_prompt(t)).collect(),
@@ -191,7 +207,13 @@ pub(crate) async fn answer(
         .start(
             &app,
             &tenant,
-            prompts,
+            (
+                match with_documents {
+                    Some(prompt) => vec![prompt],
+                    None => prompts.into_iter().map(Into::into).collect(),
+                },
+                asked,
+            ),
             best_of,
             Some(max_tokens.max(usize::from(only_score))),
             reports,
@@ -249,7 +271,9 @@ fn whole(app: &App, form: &Form, answers: Vec<Answer>, n: usize, best_of: usize,
             }));
         }
     }
-    form.object(choices, Some(usage_json(spent)))
+    let mut body = form.object(choices, Some(usage_json(spent)));
+    note(&mut body, answers.first().and_then(|a| a.method.as_deref()));
+    body
 }
 
 fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
@@ -302,9 +326,16 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                     send(&failed().body());
                     return;
                 }
-                Happened::End { done, text, usage } => {
+                Happened::End {
+                    done,
+                    text,
+                    usage,
+                    method,
+                } => {
                     usages[index] = usage;
-                    send(&piece(index, text, None, Some(finish_reason(done))))
+                    let mut last = piece(index, text, None, Some(finish_reason(done)));
+                    note(&mut last, method.as_deref());
+                    send(&last)
                 }
             };
             if !sent {

@@ -9,6 +9,7 @@ mod completions;
 mod error;
 mod messages;
 mod meters;
+mod methods;
 mod routes;
 mod state;
 mod stream;
@@ -21,7 +22,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use antefix_attention::method::Method;
 use antefix_engine::{Engine, Options};
 use antefix_models::decoder::Model;
 use antefix_models::template::ChatTemplate;
@@ -32,6 +32,7 @@ use axum::response::Response;
 use tokio::net::TcpListener;
 
 pub use auth::{KeyConfig, KeyError};
+pub use methods::Offer;
 pub use worker::Limits;
 
 /// What `system_fingerprint` says.
@@ -49,7 +50,7 @@ pub struct Config {
     /// API keys; none = everybody is let in.
     pub keys: Vec<KeyConfig>,
     /// The methods that requests can choose from.
-    pub methods: &'static [&'static dyn Method],
+    pub offer: Offer,
     /// Refuse fields that we do not know instead of naming them in a header.
     pub strict: bool,
     /// Bytes of a request's body at most.
@@ -102,7 +103,8 @@ impl Server {
             template,
             context: config.engine.context.min(model.spec().context),
             strict: config.strict,
-            methods: config.methods,
+            offer: config.offer.clone(),
+            facts: model.facts(),
             tenants,
             worker,
             meters,

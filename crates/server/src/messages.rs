@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::auth::Tenant;
 use crate::chat::{self, Content};
 use crate::error::ApiError;
+use crate::methods::Asked;
 use crate::state::App;
 use crate::stream;
 use crate::tools::{self, Call, Piece, Splitter, ToolChoice};
@@ -279,7 +280,7 @@ pub(crate) async fn answer(
         .start(
             &app,
             &tenant,
-            vec![tokens],
+            (vec![tokens.into()], Asked::default()),
             1,
             Some(request.max_tokens),
             Reports::default(),
@@ -424,7 +425,9 @@ fn streamed(
             let (text, end) = match happened {
                 Happened::Prompt(_) => continue,
                 Happened::Token(drawn) => (drawn.text, None),
-                Happened::End { done, text, usage } => (text, Some((done, usage))),
+                Happened::End {
+                    done, text, usage, ..
+                } => (text, Some((done, usage))),
             };
             if matches!(end, Some((Done::Failed, _))) {
                 send(&failed().anthropic_body());

@@ -201,7 +201,12 @@ async fn model(
 }
 
 async fn methods(State(app): Shared, _: Caller) -> Json<Value> {
-    let cards: Vec<Value> = app.methods.iter().map(|m| method::card_json(m.card())).collect();
+    let cards: Vec<Value> = app
+        .offer
+        .methods
+        .iter()
+        .map(|m| method::card_json(m.card()))
+        .collect();
     Json(json!({"methods": cards}))
 }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use antefix_attention::method::Method;
+use antefix_attention::method::Facts;
 use antefix_constrain::{Grammar, GrammarError, Vocabulary};
 use antefix_engine::BoxedConstraint;
 use antefix_models::decoder::Model;
@@ -14,6 +14,7 @@ use antefix_models::tokenizer::Tokenizer;
 use crate::auth::Tenants;
 use crate::error::ApiError;
 use crate::meters::Meters;
+use crate::methods::Offer;
 use crate::worker::Worker;
 
 /// The server behind its routes.
@@ -23,7 +24,8 @@ pub(crate) struct App {
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) context: usize,
     pub(crate) strict: bool,
-    pub(crate) methods: &'static [&'static dyn Method],
+    pub(crate) offer: Offer,
+    pub(crate) facts: Facts,
     pub(crate) tenants: Tenants,
     pub(crate) worker: Worker,
     pub(crate) meters: Arc<Meters>,

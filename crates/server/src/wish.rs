@@ -4,12 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use antefix_constrain::Grammar;
-use antefix_engine::{Done, PromptLogprob, RawJob, RawSampling, Usage};
+use antefix_engine::{Done, MethodReport, PromptLogprob, RawJob, RawSampling, Usage};
+use antefix_models::documents::WithDocuments;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::auth::{Tenant, Turn};
 use crate::error::ApiError;
+use crate::methods::{Asked, Offer};
 use crate::state::App;
 use crate::worker::{Drawn, Generation, Happened};
 
@@ -63,8 +65,10 @@ pub(crate) struct Knobs {
     pub(crate) stream_options: Option<StreamOptions>,
     pub(crate) cache_salt: Option<String>,
     pub(crate) priority: Option<i32>,
-    /// How attention is computed; see `/v1/methods`.
+    /// How attention is computed, see `/v1/methods`: `NAME,knob=value,...`.
     pub(crate) method: Option<String>,
+    /// Methods by axis, and documents.
+    pub(crate) antefix: Option<Map<String, Value>>,
     /// OpenAI's `response_format`, and vLLM's names for what it cannot say.
     pub(crate) response_format: Option<Value>,
     pub(crate) guided_json: Option<Value>,
@@ -165,6 +169,14 @@ impl Knobs {
         }
     }
 
+    /// What it says about methods.
+    ///
+    /// # Errors
+    /// When that has no meaning.
+    pub(crate) fn asked(&self, offer: &Offer) -> Result<Asked, ApiError> {
+        Asked::read(offer, self.antefix.as_ref(), self.method.as_deref())
+    }
+
     fn sampling(&self) -> Result<RawSampling, ApiError> {
         let d = RawSampling::default();
         let mut logit_bias = Vec::new();
@@ -196,22 +208,13 @@ impl Knobs {
         &self,
         app: &App,
         tenant: &Arc<Tenant>,
-        prompts: Vec<Vec<u32>>,
+        (prompts, asked): (Vec<WithDocuments>, Asked),
         count: usize,
         max_tokens: Option<usize>,
         reports: Reports,
         grammar: Option<Grammar>,
     ) -> Result<Running, ApiError> {
         app.check_model(self.model.as_deref())?;
-        if let Some(method) = &self.method
-            && method != "exact"
-            && method != "dense"
-        {
-            return Err(ApiError::param(
-                "method",
-                format!("there is no method `{method}`\nhint: GET /v1/methods lists them"),
-            ));
-        }
         let most = tenant.n.unwrap_or(MAX_N).min(MAX_N);
         let sequences = count * prompts.len();
         if count == 0 || count > most || sequences > most * 4 {
@@ -232,12 +235,16 @@ impl Knobs {
             ));
         }
         let max_tokens = max_tokens.or(tenant.max_tokens);
-        let room = |prompt: &Vec<u32>| {
+        let room = |prompt: usize| {
             max_tokens
                 .unwrap_or(app.context)
-                .min(app.context.saturating_sub(prompt.len()))
+                .min(app.context.saturating_sub(prompt))
         };
-        let tokens: usize = prompts.iter().map(|p| p.len() + room(p) * count).sum();
+        let tokens: usize = prompts
+            .iter()
+            .map(|p| p.tokens.len() + room(p.tokens.len()) * count)
+            .sum();
+        let program = asked.program(&app.offer, &app.facts)?;
         let sampling = self.sampling()?;
         let turn = tenant.enter(tokens)?;
         let constraint = match grammar {
@@ -245,10 +252,12 @@ impl Knobs {
             None => None,
         };
         let mut jobs = Vec::with_capacity(sequences);
-        for tokens in prompts {
+        for prompt in prompts {
             for i in 0..count {
                 jobs.push(RawJob {
-                    tokens: tokens.clone(),
+                    tokens: prompt.tokens.clone(),
+                    documents: prompt.documents.clone(),
+                    program: program.clone(),
                     max_tokens,
                     sampling: RawSampling {
                         seed: sampling.seed.wrapping_add(i as u64),
@@ -291,6 +300,7 @@ pub(crate) struct Answer {
     pub(crate) prompt: Vec<PromptLogprob>,
     pub(crate) done: Done,
     pub(crate) usage: Usage,
+    pub(crate) method: Option<Box<MethodReport>>,
 }
 
 impl Running {
@@ -306,6 +316,7 @@ impl Running {
             prompt: Vec::new(),
             done: Done::Failed,
             usage: Usage::default(),
+            method: None,
         };
         let mut answers = vec![blank; self.generation.open];
         while let Some((i, happened)) = self.next().await {
@@ -316,10 +327,16 @@ impl Running {
                     answer.text.push_str(&drawn.text);
                     answer.drawn.push(drawn);
                 }
-                Happened::End { done, text, usage } => {
+                Happened::End {
+                    done,
+                    text,
+                    usage,
+                    method,
+                } => {
                     answer.text.push_str(&text);
                     answer.done = done;
                     answer.usage = usage;
+                    answer.method = method;
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
 
-use antefix_engine::{Done, Engine, Event, Job, JobError, PromptLogprob, RawJob, SeqId, Usage};
+use antefix_engine::{Done, Engine, Event, Job, JobError, MethodReport, PromptLogprob, RawJob, SeqId, Usage};
 use antefix_models::tokenizer::Tokenizer;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
@@ -29,7 +29,12 @@ pub(crate) struct Drawn {
 pub(crate) enum Happened {
     Prompt(Vec<PromptLogprob>),
     Token(Drawn),
-    End { done: Done, text: String, usage: Usage },
+    End {
+        done: Done,
+        text: String,
+        usage: Usage,
+        method: Option<Box<MethodReport>>,
+    },
 }
 
 /// Why a request was not taken.
@@ -227,10 +232,9 @@ impl Loop {
                 retry_after_s,
             });
         }
-        let (vocab, context) = (self.engine.model().spec().vocab, self.engine.context());
         let jobs: Vec<Job> = jobs
             .into_iter()
-            .map(|raw| Job::new(raw, vocab, context))
+            .map(|raw| self.engine.job(raw))
             .collect::<Result<_, _>>()?;
         let (sender, events) = unbounded_channel();
         let open = jobs.len();
@@ -316,6 +320,7 @@ impl Loop {
                 done: Done::Failed,
                 text: String::new(),
                 usage: Usage::default(),
+                method: None,
             });
         }
     }
@@ -346,7 +351,16 @@ impl Loop {
                     done,
                     text,
                     usage,
-                } => (id, Happened::End { done, text, usage }),
+                    method,
+                } => (
+                    id,
+                    Happened::End {
+                        done,
+                        text,
+                        usage,
+                        method,
+                    },
+                ),
             };
             let Some(client) = self.clients.get_mut(&id) else {
                 continue;

@@ -85,6 +85,11 @@ impl Observer {
         self
     }
 
+    /// Adds code to an observer that others hold, too.
+    pub fn add(&self, hook: Box<dyn Hook>) {
+        self.lock().hooks.push(hook);
+    }
+
     /// The plan.
     pub fn plan(&self) -> &HookPlan {
         &self.plan

@@ -53,6 +53,22 @@ impl RawChoice {
     }
 }
 
+/// The form that [`RawChoice::parse`] reads.
+impl std::fmt::Display for RawChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)?;
+        self.knobs
+            .iter()
+            .try_for_each(|(knob, value)| write!(f, ",{knob}={value}"))
+    }
+}
+
+impl serde::Serialize for RawChoice {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
 impl<'de> serde::Deserialize<'de> for RawChoice {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         #[derive(serde::Deserialize)]
@@ -76,7 +92,7 @@ impl<'de> serde::Deserialize<'de> for RawChoice {
 }
 
 /// At most one method an axis, as somebody wrote it.
-#[derive(Debug, Clone, PartialEq, Default, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct RawMethods(pub BTreeMap<Axis, RawChoice>);
 

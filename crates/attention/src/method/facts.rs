@@ -1,5 +1,7 @@
 //! What a method may know of the model that it is installed on.
 
+use crate::hooks::HookShape;
+
 /// Sizes and constants of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
@@ -21,6 +23,8 @@ pub struct Facts {
     pub context: usize,
     /// Factor of `q . k`.
     pub scale: f32,
+    /// Width of the feed-forward part.
+    pub d_ff: usize,
     /// One per layer; `L` in all.
     pub layers: Vec<LayerFacts>,
 }
@@ -37,6 +41,19 @@ pub struct LayerFacts {
 }
 
 impl Facts {
+    /// The sizes that hooks are checked against.
+    pub fn hook_shape(&self) -> HookShape {
+        HookShape {
+            layers: self.layers.len(),
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            dim: self.dim,
+            d_model: self.d_model,
+            d_ff: self.d_ff,
+            vocab: self.vocab,
+        }
+    }
+
     /// Query heads that read one key/value head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
@@ -68,6 +85,7 @@ impl Facts {
             vocab: 320,
             context: 4096,
             scale: 0.25,
+            d_ff: 128,
             layers: vec![layer(None), layer(Some(512)), layer(None), layer(None)],
         }
     }

@@ -5,34 +5,26 @@ use std::sync::Arc;
 use twox_hash::XxHash3_64;
 
 use super::card::Axis;
+use super::hook::HookMaker;
 use super::knobs::Knobs;
+use super::policy::CachePolicy;
 use super::prompt::{Prompt, PromptPass, Words};
 use super::rotation::{Rotation, Stretch};
+use crate::hooks::{HookPlan, Observer};
 
 /// Everything that the methods of a request changed, checked and immutable. The default is dense attention.
 #[derive(Debug, Default)]
 pub struct Program {
-    methods: Vec<(Axis, Knobs)>,
-    exact: bool,
-    prompt: Vec<Arc<dyn PromptPass>>,
-    stretch: Stretch,
+    pub(super) methods: Vec<(Axis, Knobs)>,
+    pub(super) exact: bool,
+    pub(super) prompt: Vec<Arc<dyn PromptPass>>,
+    pub(super) stretch: Stretch,
+    pub(super) policy: Option<Arc<dyn CachePolicy>>,
+    pub(super) plan: Option<Arc<HookPlan>>,
+    pub(super) hooks: Vec<Arc<dyn HookMaker>>,
 }
 
 impl Program {
-    pub(super) fn new(
-        methods: Vec<(Axis, Knobs)>,
-        exact: bool,
-        prompt: Vec<Arc<dyn PromptPass>>,
-        stretch: Stretch,
-    ) -> Self {
-        Self {
-            methods,
-            exact,
-            prompt,
-            stretch,
-        }
-    }
-
     /// The methods and their settings, by axis.
     pub fn methods(&self) -> &[(Axis, Knobs)] {
         &self.methods
@@ -73,6 +65,11 @@ impl Program {
         }
     }
 
+    /// Whether it only changes angles and activations, so that a text can be computed as it is and scored token by token.
+    pub fn scores_texts(&self) -> bool {
+        self.prompt.is_empty() && self.policy.is_none()
+    }
+
     /// What is computed instead of `prompt`.
     pub fn rewrite(&self, prompt: Prompt, words: &dyn Words) -> Prompt {
         self.prompt.iter().fold(prompt, |p, pass| pass.rewrite(p, words))
@@ -86,5 +83,30 @@ impl Program {
     /// Tokens that a request may have at most on a model trained on `context`.
     pub fn context(&self, context: usize) -> usize {
         context.max(self.stretch.limit())
+    }
+
+    /// What decides about the cache.
+    pub fn policy(&self) -> Option<&Arc<dyn CachePolicy>> {
+        self.policy.as_ref()
+    }
+
+    /// Whether anything reads or changes activations.
+    pub fn has_hooks(&self) -> bool {
+        self.plan.is_some()
+    }
+
+    /// What its hooks bring to a sequence with a prompt of `prompt` tokens: an observer, or nothing.
+    pub fn observer(&self, prompt: usize, cap: usize) -> Option<Observer> {
+        let start = Observer::new(Arc::clone(self.plan.as_ref()?), prompt, cap);
+        Some(
+            self.hooks
+                .iter()
+                .fold(start, |o, maker| o.with(maker.make(prompt))),
+        )
+    }
+
+    /// Whether its hooks must see every token, cached or not.
+    pub fn sees_all(&self) -> bool {
+        self.hooks.iter().any(|maker| maker.sees_all())
     }
 }

@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use super::choice::Chosen;
 use super::facts::Facts;
+use super::hook::HookMaker;
+use super::policy::CachePolicy;
 use super::program::Program;
 use super::prompt::PromptPass;
 use super::rotation::Stretch;
+use crate::hooks::{HookPlan, HookSpec, Sources};
 
 /// Why methods cannot be installed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -105,6 +108,9 @@ pub struct Rig<'m> {
     installing: &'static str,
     prompt: Vec<Hung<Arc<dyn PromptPass>>>,
     stretch: Option<Hung<Stretch>>,
+    policy: Option<Hung<Arc<dyn CachePolicy>>>,
+    plan: Option<Hung<Arc<HookPlan>>>,
+    hooks: Vec<Hung<Arc<dyn HookMaker>>>,
 }
 
 impl fmt::Debug for Rig<'_> {
@@ -113,7 +119,10 @@ impl fmt::Debug for Rig<'_> {
             .prompt
             .iter()
             .map(|h| h.owner)
-            .chain(self.stretch.iter().map(|h| h.owner));
+            .chain(self.stretch.iter().map(|h| h.owner))
+            .chain(self.policy.iter().map(|h| h.owner))
+            .chain(self.plan.iter().map(|h| h.owner))
+            .chain(self.hooks.iter().map(|h| h.owner));
         f.debug_list().entries(owners).finish()
     }
 }
@@ -149,6 +158,9 @@ impl<'m> Rig<'m> {
             installing: "",
             prompt: Vec::new(),
             stretch: None,
+            policy: None,
+            plan: None,
+            hooks: Vec::new(),
         };
         let mut chosen = chosen.to_vec();
         chosen.sort_by_key(|c| c.card().axis);
@@ -171,12 +183,21 @@ impl<'m> Rig<'m> {
 
     fn finish(self, chosen: &[Chosen]) -> Program {
         let exact = chosen.iter().all(|c| c.card().exact);
-        Program::new(
-            chosen.iter().map(|c| (c.card().axis, c.knobs.clone())).collect(),
+        Program {
+            methods: chosen.iter().map(|c| (c.card().axis, c.knobs.clone())).collect(),
             exact,
-            self.prompt.into_iter().map(|h| h.part).collect(),
-            self.stretch.map(|h| h.part).unwrap_or_default(),
-        )
+            prompt: self.prompt.into_iter().map(|h| h.part).collect(),
+            stretch: self.stretch.map(|h| h.part).unwrap_or_default(),
+            policy: self.policy.map(|h| h.part),
+            // Code hangs on an empty plan where there is none.
+            plan: self.plan.map(|h| h.part).or_else(|| {
+                let code = !self.hooks.is_empty();
+                let empty =
+                    HookPlan::compile(&HookSpec::default(), self.facts.hook_shape(), &Sources::default());
+                empty.ok().filter(|_| code).map(Arc::new)
+            }),
+            hooks: self.hooks.into_iter().map(|h| h.part).collect(),
+        }
     }
 
     /// The model that the methods are installed on.
@@ -233,5 +254,41 @@ impl<'m> Rig<'m> {
             "set the angles of positions",
             stretch,
         )
+    }
+
+    /// Decides what the cache keeps.
+    ///
+    /// # Errors
+    /// When another method does.
+    pub fn set_cache_policy(&mut self, policy: Arc<dyn CachePolicy>) -> Result<(), RigError> {
+        hang(
+            &mut self.policy,
+            self.installing,
+            "decide what the cache keeps",
+            policy,
+        )
+    }
+
+    /// Reads or changes activations, as data.
+    ///
+    /// # Errors
+    /// When the model has no such layer or head, or another method has a plan of its own.
+    pub fn set_hooks(&mut self, spec: &HookSpec) -> Result<(), RigError> {
+        let plan = HookPlan::compile(spec, self.facts.hook_shape(), &Sources::default());
+        let plan = plan.map_err(|e| self.misfit(e.to_string()))?;
+        hang(
+            &mut self.plan,
+            self.installing,
+            "have a plan of hooks",
+            Arc::new(plan),
+        )
+    }
+
+    /// Reads or changes activations, by code; after the plan's edits, in the order of the axes.
+    pub fn add_hook(&mut self, hook: Arc<dyn HookMaker>) {
+        self.hooks.push(Hung {
+            owner: self.installing,
+            part: hook,
+        });
     }
 }

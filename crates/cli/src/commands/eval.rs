@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::json_line;
 use crate::failure::Failure;
+use crate::method::MethodArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
@@ -23,6 +24,11 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    method: MethodArgs,
+    /// A cache policy decides before it has seen the question
+    #[arg(long)]
+    question_after_cut: bool,
     /// Prompt lengths in tokens
     #[arg(long, value_delimiter = ',', default_value = "2048,4096")]
     lengths: Vec<usize>,
@@ -76,7 +82,14 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         .unwrap_or_default();
     let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
     let longest = plan.lengths.iter().max().copied().unwrap_or(0);
-    let mut runner = Runner::new(&model, &tokenizer, &args.model.model, longest + 128);
+    let program = args.method.program(&model)?;
+    let mut runner = Runner::new(
+        &model,
+        &tokenizer,
+        (&args.model.model, longest + 128),
+        program,
+        args.question_after_cut,
+    );
     let kit = Kit {
         tokenizer: &tokenizer,
         prose: &prose,

@@ -9,6 +9,7 @@ use indicatif::ProgressBar;
 
 use super::{json_line, line};
 use crate::failure::Failure;
+use crate::method::MethodArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
@@ -17,6 +18,8 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    method: MethodArgs,
     /// Tokens of a window; the second half is scored
     #[arg(long, default_value_t = 512)]
     ctx: usize,
@@ -30,11 +33,13 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let text = super::read(&args.file)?;
     let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
-    if args.ctx < 8 || args.ctx > model.spec().context {
+    let program = args.method.program(&model)?;
+    let trained = model.spec().context;
+    let context = program.as_ref().map_or(trained, |p| p.context(trained));
+    if args.ctx < 8 || args.ctx > context {
         return Err(Failure::Input(anyhow!(
-            "`--ctx` is {}\nhint: from 8 to {}",
-            args.ctx,
-            model.spec().context
+            "`--ctx` is {}\nhint: from 8 to {context}",
+            args.ctx
         )));
     }
     let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
@@ -43,11 +48,19 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         .chain(tokenizer.encode_bytes(&text, Specials::Plain))
         .collect();
     let bar = ProgressBar::new(0);
-    let result = perplexity(&model, &tokenizer, &tokens, args.ctx, |done, all, so_far| {
+    let progress = |done: usize, all: usize, so_far: f64| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
         bar.set_message(format!("{so_far:.3}"));
-    })
+    };
+    let result = perplexity(
+        &model,
+        &tokenizer,
+        &tokens,
+        args.ctx,
+        program.as_deref(),
+        progress,
+    )
     .map_err(|e| match e {
         PerplexityError::Engine(_) => Failure::other(e),
         _ => Failure::input(e),

@@ -2,13 +2,15 @@
 
 use std::io::Write;
 
-use antefix_engine::{Engine, Event, Job, RawJob, RawSampling, Usage};
+use antefix_engine::{Engine, Event, MethodReport, RawJob, RawSampling, Usage};
+use antefix_models::documents::{self, WithDocuments};
 use antefix_models::template::Message;
 use antefix_models::tokenizer::Specials;
 use anyhow::anyhow;
 
 use crate::failure::Failure;
 use crate::hooks::HookArgs;
+use crate::method::{DocumentArgs, MethodArgs};
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 /// How to choose tokens: llama.cpp's names; greedy by default.
@@ -80,6 +82,10 @@ pub(crate) struct Args {
     run: RunArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    method: MethodArgs,
+    #[command(flatten)]
+    documents: DocumentArgs,
     /// Tokens of the answer at most
     #[arg(short = 'n', long, default_value_t = 512)]
     max_tokens: usize,
@@ -108,40 +114,70 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     } else {
         args.prompt
     };
+    let texts = args.documents.read()?;
     let loaded = Loaded::new(&args.model, &args.run)?;
+    let program = args.method.program(&loaded.model)?;
     let template = if args.raw { None } else { loaded.template()? };
-    let tokens = match template {
+    let prompt = match texts.is_empty() {
+        true => prompt,
+        false => documents::MARK.to_string() + &prompt,
+    };
+    let whole = |text: &str| documents::encode(&loaded.tokenizer, text, &texts);
+    let prompt = match template {
         Some(template) => {
             let system = args.system.map(|s| Message::new("system", s));
             let messages: Vec<Message> = system.into_iter().chain([Message::new("user", prompt)]).collect();
             let text = template.render(&messages, None, true).map_err(Failure::input)?;
-            loaded.tokenizer.encode_prompt(&text)
+            whole(&text)
         }
-        None if args.raw => loaded.tokenizer.encode_prompt(&prompt),
+        None if args.raw || !texts.is_empty() => whole(&prompt),
         None => {
             let bos = loaded.tokenizer.bos().filter(|_| loaded.tokenizer.add_bos());
-            bos.into_iter()
-                .chain(loaded.tokenizer.encode(&prompt, Specials::Plain))
-                .collect()
+            let tokens = bos
+                .into_iter()
+                .chain(loaded.tokenizer.encode(&prompt, Specials::Plain));
+            WithDocuments {
+                tokens: tokens.collect(),
+                documents: Vec::new(),
+            }
         }
     };
     let mut engine = loaded.engine(args.ctx)?;
-    let observer = args.hooks.observer(&loaded.model, tokens.len())?;
+    let observer = args.hooks.observer(&loaded.model, prompt.tokens.len())?;
     let raw = RawJob {
         hooks: observer.clone(),
-        tokens,
+        tokens: prompt.tokens,
+        documents: prompt.documents,
+        program,
         max_tokens: Some(args.max_tokens),
         sampling: args.sampling.raw(),
         stop: args.stop,
         ..RawJob::default()
     };
     let mut out = std::io::stdout().lock();
-    answer(&mut engine, raw, &mut |text| {
+    let (_, report) = answer(&mut engine, raw, &mut |text| {
         out.write_all(text.as_bytes())?;
         out.flush()
     })?;
     writeln!(out)?;
+    if let Some(report) = report {
+        eprintln!("{}", described(&report));
+    }
     args.hooks.write(observer.as_deref())
+}
+
+/// What the methods did, in a line.
+fn described(report: &MethodReport) -> String {
+    let cut = match report.edits {
+        0 => String::new(),
+        1 => ", cut once".into(),
+        n => format!(", cut {n} times"),
+    };
+    format!(
+        "[{}: {:.1} % of the keys and values kept{cut}]",
+        report.settings,
+        report.kept * 100.0
+    )
 }
 
 /// Runs one request to its end, handing text out as it comes.
@@ -149,10 +185,10 @@ pub(crate) fn answer(
     engine: &mut Engine,
     raw: RawJob,
     show: &mut dyn FnMut(&str) -> std::io::Result<()>,
-) -> Result<Usage, Failure> {
-    let job = Job::new(raw, engine.model().spec().vocab, engine.context()).map_err(Failure::input)?;
+) -> Result<(Usage, Option<Box<MethodReport>>), Failure> {
+    let job = engine.job(raw).map_err(Failure::input)?;
     let id = engine.submit(job).map_err(Failure::input)?;
-    let mut usage = Usage::default();
+    let (mut usage, mut report) = (Usage::default(), None);
     let mut events = Vec::new();
     while !engine.is_idle() {
         engine.step(&mut events).map_err(Failure::other)?;
@@ -164,15 +200,18 @@ pub(crate) fn answer(
                 Event::Prompt { .. } => {}
                 Event::Token { text, .. } => show(&text)?,
                 Event::End {
-                    text, usage: used, ..
+                    text,
+                    usage: used,
+                    method,
+                    ..
                 } => {
                     show(&text)?;
-                    usage = used;
+                    (usage, report) = (used, method);
                 }
             }
         }
     }
-    Ok(usage)
+    Ok((usage, report))
 }
 
 /// Set by ctrl-C in `chat`: ends the answer, not the program.

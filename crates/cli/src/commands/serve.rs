@@ -5,9 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use antefix_attention::method::RawMethods;
 use antefix_engine::{Budget, Options};
 use antefix_kv::Pool;
-use antefix_server::{Config, KeyConfig, Limits, Server};
+use antefix_server::{Config, KeyConfig, Limits, Offer, Server};
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +88,8 @@ struct Settings {
     body_mib: usize,
     body_timeout_s: u64,
     threads: Option<usize>,
+    /// `[methods]`: what holds for requests that say nothing about an axis.
+    methods: RawMethods,
     #[serde(skip_serializing)]
     keys: Vec<KeyConfig>,
 }
@@ -108,6 +111,7 @@ impl Default for Settings {
             body_mib: 32,
             body_timeout_s: 30,
             threads: None,
+            methods: RawMethods::default(),
             keys: Vec::new(),
         }
     }
@@ -243,7 +247,11 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             queue: settings.queue,
         },
         keys: settings.keys,
-        methods: antefix_papers::ALL,
+        offer: Offer {
+            methods: antefix_papers::ALL,
+            profiles: crate::method::profiles()?,
+            defaults: settings.methods,
+        },
         strict: settings.strict,
         body_bytes: settings.body_mib << 20,
         body_timeout: Duration::from_secs(settings.body_timeout_s),

@@ -197,7 +197,7 @@ pub fn run(
         for i in 0..plan.samples {
             let key = Key {
                 task: task.name(),
-                method: runner.method(),
+                method: &runner.method(),
                 model: runner.model_name(),
                 length,
                 depth,
@@ -218,7 +218,7 @@ pub fn run(
                     let answer = runner.ask(&sample)?;
                     Record {
                         task: task.name().into(),
-                        method: runner.method().into(),
+                        method: runner.method(),
                         model: runner.model_name().into(),
                         length,
                         depth,

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use antefix_engine::{Budget, Engine, Event, Job, Options, RawJob};
+use antefix_attention::method::Program;
+use antefix_engine::{Budget, Engine, Event, Options, RawJob};
 use antefix_kv::Pool;
 use antefix_models::decoder::Model;
 use antefix_models::tokenizer::Tokenizer;
@@ -26,28 +27,42 @@ pub struct Answer {
 pub struct Runner {
     engine: Engine,
     name: String,
-    method: String,
+    program: Option<Arc<Program>>,
+    question_after_cut: bool,
 }
 
 impl Runner {
-    /// A runner for prompts with answers of up to `context` tokens.
-    pub fn new(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, name: &str, context: usize) -> Self {
+    /// A runner for prompts with answers of up to `context` tokens, under `program`. With `question_after_cut` a cache policy decides
+    /// before it sees the question.
+    pub fn new(
+        model: &Arc<Model>,
+        tokenizer: &Arc<Tokenizer>,
+        (name, context): (&str, usize),
+        program: Option<Arc<Program>>,
+        question_after_cut: bool,
+    ) -> Self {
         let sizes = Pool::new(model.kv_shape(), 0);
         let options = Options {
-            kv_bytes: sizes.bytes_for(context + 64),
+            // A cache policy writes what stays before the rest is freed.
+            kv_bytes: sizes.bytes_for(context + 64) * 2 + sizes.shape().block_bytes(),
             context,
             budget: Budget::default(),
         };
         Self {
             engine: Engine::new(Arc::clone(model), Arc::clone(tokenizer), options),
             name: name.to_string(),
-            method: "dense".to_string(),
+            program,
+            question_after_cut,
         }
     }
 
     /// The method with its settings.
-    pub fn method(&self) -> &str {
-        &self.method
+    pub fn method(&self) -> String {
+        let after = match self.question_after_cut {
+            true => " (question after the cut)",
+            false => "",
+        };
+        self.program.as_ref().map_or("dense".into(), |p| p.tag() + after)
     }
 
     /// The model's name.
@@ -60,16 +75,23 @@ impl Runner {
     /// # Errors
     /// When the prompt does not fit the model, or the model fails.
     pub fn ask(&mut self, sample: &Sample) -> Result<Answer, EvalError> {
+        let start = usize::from(sample.context.len() > 1);
         let raw = RawJob {
             tokens: sample.prompt(),
+            // The first token may be the model's begin-of-text token, which belongs to no document.
+            documents: std::iter::once(start..sample.context.len())
+                .filter(|d| !d.is_empty())
+                .collect(),
+            program: self.program.clone(),
+            question_after_cut: self.question_after_cut,
             max_tokens: Some(sample.max_tokens),
             no_cache: true,
             ..RawJob::default()
         };
-        let job = Job::new(raw, self.engine.model().spec().vocab, self.engine.context())?;
+        let job = self.engine.job(raw)?;
         let start = Instant::now();
         self.engine.submit(job)?;
-        let (mut text, mut ttft_s) = (String::new(), None);
+        let (mut text, mut ttft_s, mut kept) = (String::new(), None, 1.0);
         let mut events = Vec::new();
         while !self.engine.is_idle() {
             self.engine.step(&mut events)?;
@@ -79,7 +101,12 @@ impl Runner {
                         ttft_s.get_or_insert_with(|| start.elapsed().as_secs_f64());
                         text.push_str(&piece);
                     }
-                    Event::End { text: rest, .. } => text.push_str(&rest),
+                    Event::End {
+                        text: rest, method, ..
+                    } => {
+                        text.push_str(&rest);
+                        kept = method.map_or(1.0, |m| m.kept);
+                    }
                     Event::Prompt { .. } => {}
                 }
             }
@@ -87,7 +114,7 @@ impl Runner {
         Ok(Answer {
             text,
             ttft_s: ttft_s.unwrap_or_else(|| start.elapsed().as_secs_f64()),
-            kept: 1.0,
+            kept,
         })
     }
 }

@@ -43,7 +43,7 @@ fn what_was_stored_is_not_computed_again() {
         digits: 4,
     };
     let go = |earlier: &[Record]| {
-        let mut runner = Runner::new(&model, &tokenizer, "tiny", 512);
+        let mut runner = Runner::new(&model, &tokenizer, ("tiny", 512), None, false);
         let (mut records, mut computed) = (Vec::new(), 0);
         let rows = run(&plan(), &kit, &mut runner, earlier, |step| {
             if let Step::Sample { record, new, .. } = step {
@@ -101,7 +101,7 @@ fn a_full_disk_ends_the_run_with_its_reason() {
         prose: &prose,
         digits: 4,
     };
-    let mut runner = Runner::new(&model, &tokenizer, "tiny", 512);
+    let mut runner = Runner::new(&model, &tokenizer, ("tiny", 512), None, false);
     let full = |_: Step<'_>| Err(std::io::Error::other("no space"));
     assert!(matches!(
         run(&plan(), &kit, &mut runner, &[], full),

@@ -2,9 +2,9 @@
 
 use antefix_attention::hooks::{Site, Watch};
 use antefix_attention::readout::AttentionView;
-use antefix_attention::{AttendError, Extra, Scratch as AttendScratch, SeqRows, Sharing, attend};
+use antefix_attention::{Angles, AttendError, Extra, Scratch as AttendScratch, SeqRows, Sharing, attend};
 use antefix_kernels::matmul::{Acts, Matrix, matmul, matmul_many};
-use antefix_kernels::ops;
+use antefix_kernels::ops::{self, Rope};
 use antefix_kernels::quant;
 use antefix_kv::{Context, Pool, SeqKv};
 
@@ -62,6 +62,41 @@ pub struct Scratch {
     pub(super) acts: Acts,
     pub(super) attend: AttendScratch,
     positions: Vec<u32>,
+}
+
+/// Turns rows of heads to their positions, each with the angles of its sequence.
+struct Turn<'a> {
+    layer: usize,
+    dim: usize,
+    own: &'a Rope,
+    /// One a row; empty when all rows use the model's own.
+    angles: &'a [Option<&'a Angles>],
+    positions: &'a [u32],
+}
+
+impl Turn<'_> {
+    fn angles(&self, row: usize) -> Option<&Angles> {
+        self.angles.get(row).copied().flatten()
+    }
+
+    fn key(&self, r: usize, row: &mut [f32]) {
+        let rope = self
+            .angles(r)
+            .and_then(|a| a.rope(self.layer))
+            .unwrap_or(self.own);
+        rope.apply(row, self.dim, self.positions[r]);
+    }
+
+    /// As a key, and scaled: the factor belongs to the query.
+    fn query(&self, r: usize, row: &mut [f32]) {
+        self.key(r, row);
+        let scale = self
+            .angles(r)
+            .map_or(1.0, |a| a.scale(self.layer, self.positions[r]));
+        if scale != 1.0 {
+            row.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
 }
 
 impl Model {
@@ -206,9 +241,15 @@ impl Model {
             self.norm_in_place(&mut s.k, k_norm);
         }
         let rope = &self.ropes[spec.layer_kinds[l].rope];
-        let positions = &s.positions;
-        self.per_row(&mut s.q, q_width, |r, row| rope.apply(row, dim, positions[r]));
-        self.per_row(&mut s.k, kv_width, |r, row| rope.apply(row, dim, positions[r]));
+        let turn = Turn {
+            layer: l,
+            dim,
+            own: rope,
+            angles: &angles_of(seqs),
+            positions: &s.positions,
+        };
+        self.per_row(&mut s.q, q_width, |r, row| turn.query(r, row));
+        self.per_row(&mut s.k, kv_width, |r, row| turn.key(r, row));
         for (site, y, width) in [(Site::RotQ, &mut s.q, q_width), (Site::RotK, &mut s.k, kv_width)] {
             if watch.wants(l, site) {
                 watch.at(l, site, y, width);
@@ -381,5 +422,16 @@ impl Model {
     /// Calls `f(row index, row)` on every row of `width` values, by the team when there are many.
     pub(super) fn per_row(&self, x: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
         self.team.per_row(x, width, &f);
+    }
+}
+
+/// The angles of every row; nothing when all use the model's own.
+fn angles_of<'a>(seqs: &[SeqRows<'a>]) -> Vec<Option<&'a Angles>> {
+    match seqs.iter().any(|s| s.extra.angles.is_some()) {
+        false => Vec::new(),
+        true => seqs
+            .iter()
+            .flat_map(|s| std::iter::repeat_n(s.extra.angles, s.rows))
+            .collect(),
     }
 }

@@ -2,6 +2,7 @@
 
 mod blend;
 mod encode;
+mod facts;
 mod forward;
 mod weights;
 
@@ -33,6 +34,7 @@ pub struct Model {
     precision: Precision,
     weights: Weights,
     ropes: Vec<Rope>,
+    angles: facts::AngleTables,
 }
 
 impl Model {
@@ -56,6 +58,7 @@ impl Model {
             precision,
             weights,
             ropes,
+            angles: facts::AngleTables::default(),
         })
     }
 

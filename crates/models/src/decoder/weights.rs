@@ -172,9 +172,14 @@ impl Weights {
 
 /// The rotation table of one RoPE description.
 pub(super) fn rope(spec: &RopeSpec) -> Rope {
+    rope_of(spec, &spec.frequencies())
+}
+
+/// The same with other frequencies, `[dims / 2]`.
+pub(super) fn rope_of(spec: &RopeSpec, frequencies: &[f32]) -> Rope {
     let style = match spec.style {
         RopeStyle::Neox => KernelStyle::Neox,
         RopeStyle::Interleaved => KernelStyle::Interleaved,
     };
-    Rope::new(&spec.frequencies(), style)
+    Rope::new(frequencies, style)
 }

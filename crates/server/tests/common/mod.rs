@@ -11,7 +11,7 @@ use antefix_engine::{Budget, Options};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
 use antefix_models::template::ChatTemplate;
-use antefix_server::{Config, Limits, Server};
+use antefix_server::{Config, Limits, Offer, Server};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
@@ -33,7 +33,10 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
         },
         limits: Limits { queue: 64 },
         keys: Vec::new(),
-        methods: antefix_papers::ALL,
+        offer: Offer {
+            methods: antefix_papers::ALL,
+            ..Offer::default()
+        },
         strict: false,
         body_bytes: 1 << 20,
         body_timeout: Duration::from_secs(5),

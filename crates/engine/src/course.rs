@@ -1,0 +1,192 @@
+//! A request under way with its methods: its angles, and the moments at which its cache policy decides.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use antefix_attention::method::{CachePolicy, LayerView, Program};
+use antefix_attention::{Angles, Extra};
+use antefix_kv::{Edit, EditError, LayerEdit, Policy, Pool, SeqState};
+use antefix_models::decoder::Model;
+
+use crate::job::Job;
+use crate::tail::Tail;
+
+/// What the methods of a request did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MethodReport {
+    /// Names of the methods: `streaming_llm`, `jrt+compresskv`.
+    pub method: String,
+    /// The same with all settings.
+    pub settings: String,
+    /// Whether the answer is that of dense attention on the same prompt, bit for bit.
+    pub exact: bool,
+    /// Bytes of keys and values that the request held at its end, over those that dense attention would have held.
+    pub kept: f64,
+    /// Times that the cache was cut.
+    pub edits: usize,
+    /// Tokens of the prompt before methods rewrote it.
+    pub prompt_before: usize,
+}
+
+/// The methods of one sequence at work. A sequence that lost its memory starts its course again and comes to the same state.
+pub(crate) struct Course {
+    program: Arc<Program>,
+    angles: Option<Arc<Angles>>,
+    decider: Option<Decider>,
+    /// Tokens of the prompt behind which the policy decides first.
+    decide_at: usize,
+    prompt_before: usize,
+    edits: usize,
+}
+
+struct Decider {
+    policy: Arc<dyn CachePolicy>,
+    tail: Option<Arc<Tail>>,
+    /// Rows of the prompt whose queries it sees.
+    queries: usize,
+    tag: Policy,
+    /// Where it decides next.
+    next: usize,
+}
+
+impl Course {
+    /// The course of `job`.
+    pub(crate) fn new(model: &Model, job: &Job) -> Self {
+        let (program, decide_at) = (Arc::clone(&job.program), job.decide_at);
+        let decider = program.policy().and_then(|policy| {
+            let sight = policy.sight(decide_at)?;
+            Some(Decider {
+                policy: Arc::clone(policy),
+                tail: job.tail.clone(),
+                queries: sight.queries.min(decide_at),
+                tag: Policy::new(&program.tag()),
+                next: decide_at,
+            })
+        });
+        let rotation = program.rotation(job.tokens.len() + job.max_tokens);
+        Self {
+            angles: rotation.map(|r| model.angles(r)),
+            program,
+            decider,
+            decide_at,
+            prompt_before: job.prompt_before,
+            edits: 0,
+        }
+    }
+
+    /// Begins again: everything that was decided is forgotten.
+    pub(crate) fn restart(&mut self) {
+        self.edits = 0;
+        if let Some(decider) = &mut self.decider {
+            decider.next = self.decide_at;
+        }
+    }
+
+    /// The salt under which exact pages of this sequence may be shared.
+    pub(crate) fn salted(&self, salt: u64) -> u64 {
+        match &self.angles {
+            None => salt,
+            Some(angles) => angles.salted(salt),
+        }
+    }
+
+    /// How many of the first `known` tokens may come out of the cache of prefixes: what a policy has to see is computed, and behind
+    /// where it has decided nothing is exact.
+    pub(crate) fn cacheable(&self, known: usize) -> usize {
+        match &self.decider {
+            None => known,
+            // At least the last row is computed: the policy decides behind it.
+            Some(decider) => known.min(self.decide_at - decider.queries.max(1)),
+        }
+    }
+
+    /// The position that no step may pass before the policy has decided.
+    pub(crate) fn border(&self) -> usize {
+        self.decider.as_ref().map_or(usize::MAX, |d| d.next)
+    }
+
+    /// What its rows bring to attention.
+    pub(crate) fn extra<'a>(&'a self, state: &'a SeqState) -> Extra<'a> {
+        Extra {
+            angles: self.angles.as_deref(),
+            ..Extra::of(state)
+        }
+    }
+
+    /// Lets the policy decide if the sequence has come to where it does.
+    ///
+    /// # Errors
+    /// When there is no room for the rows that stay, which are written before the others are freed.
+    pub(crate) fn decide(
+        &mut self,
+        model: &Model,
+        pool: &mut Pool,
+        state: &mut SeqState,
+    ) -> Result<(), EditError> {
+        let Some(decider) = &self.decider else {
+            return Ok(());
+        };
+        if (state.next_pos() as usize) < decider.next {
+            return Ok(());
+        }
+        let next = state.next_pos();
+        let layers: Vec<Mutex<LayerEdit>> = (0..model.spec().layers)
+            .map(|_| Mutex::new(LayerEdit::KeepAll))
+            .collect();
+        {
+            let (state, pool): (&SeqState, &Pool) = (state, pool);
+            model.team().run(layers.len(), &|layer| {
+                let queries = decider
+                    .tail
+                    .as_ref()
+                    .map_or_else(Vec::new, |tail| tail.window(layer, next));
+                let edit = decider.policy.layer(&LayerView {
+                    layer,
+                    geometry: &model.geometry(layer),
+                    first_cut: self.edits == 0,
+                    next,
+                    queries: &queries,
+                    state,
+                    pool,
+                });
+                *layers[layer].lock().unwrap_or_else(PoisonError::into_inner) = edit;
+            });
+        }
+        let unlock = |edit: Mutex<LayerEdit>| edit.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let layers: Vec<LayerEdit> = layers.into_iter().map(unlock).collect();
+        let edit = Edit {
+            policy: decider.tag.clone(),
+            layers,
+        };
+        state.apply(pool, &edit)?;
+        self.edits += usize::from(edit.layers.iter().any(|l| *l != LayerEdit::KeepAll));
+        let next = match decider.policy.every() {
+            None => usize::MAX,
+            Some(n) => decider.next.saturating_add(n.get()),
+        };
+        if let Some(decider) = &mut self.decider {
+            decider.next = next;
+        }
+        Ok(())
+    }
+
+    /// What the methods did; `None` for dense attention.
+    pub(crate) fn report(&self, pool: &Pool, state: &SeqState) -> Option<MethodReport> {
+        if self.program.is_dense() {
+            return None;
+        }
+        let dense = pool.bytes_for(state.next_pos() as usize);
+        let pages: usize = state.context.refs().map(|r| r.segment.page_count()).sum();
+        let held = pages * pool.shape().page_bytes() + pool.bytes_for(state.tail.len());
+        Some(MethodReport {
+            method: self.program.name(),
+            settings: self.program.tag(),
+            exact: self.program.is_exact(),
+            kept: match dense {
+                0 => 1.0,
+                _ => held as f64 / dense as f64,
+            },
+            edits: self.edits,
+            prompt_before: self.prompt_before,
+        })
+    }
+}

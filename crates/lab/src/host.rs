@@ -1,0 +1,167 @@
+//! The [`Host`] over the engine: papers and tasks run real models through it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use antefix_attention::method::{
+    Answer, Ask, Facts, Host, HostError, Method, Profiles, Program, RawMethods, Rig, Told, Trust,
+};
+use antefix_engine::{BoxedConstraint, Constraint, ConstraintFailed, Done, Engine, Event, RawJob};
+use antefix_models::tokenizer::Specials;
+
+/// One engine, one request at a time.
+pub struct EngineHost {
+    engine: Engine,
+    facts: Facts,
+    methods: &'static [&'static dyn Method],
+    profiles: Profiles,
+}
+
+impl EngineHost {
+    /// A host on `engine` that knows these methods.
+    pub fn new(engine: Engine, methods: &'static [&'static dyn Method], profiles: Profiles) -> Self {
+        let facts = engine.model().facts();
+        Self {
+            engine,
+            facts,
+            methods,
+            profiles,
+        }
+    }
+
+    /// The engine.
+    pub fn engine(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+}
+
+impl Host for EngineHost {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn encode(&self, text: &str) -> Vec<u32> {
+        self.engine.tokenizer().encode(text, Specials::Plain)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> String {
+        self.engine.tokenizer().decode(tokens)
+    }
+
+    fn install(&self, methods: &[&str]) -> Result<Arc<Program>, HostError> {
+        let mut raw = RawMethods::default();
+        for text in methods {
+            raw.add(self.methods, text).map_err(words)?;
+        }
+        let chosen = raw.resolve(self.methods, Trust::Local).map_err(words)?;
+        let program = Rig::assemble(&self.facts, &self.profiles, &chosen).map_err(words)?;
+        Ok(Arc::new(program))
+    }
+
+    fn ask(&mut self, ask: &Ask) -> Result<Told, HostError> {
+        let (max_tokens, script) = match &ask.answer {
+            Answer::Greedy(n) => (*n, None),
+            Answer::Given(tokens) => (tokens.len(), Some(Script::new(tokens))),
+        };
+        let start = Instant::now();
+        let raw = RawJob {
+            tokens: ask.prompt.tokens.clone(),
+            documents: ask.prompt.documents.clone(),
+            program: ask.program.clone(),
+            max_tokens: Some(max_tokens),
+            want_logits: ask.logits,
+            no_cache: ask.fresh,
+            ignore_eos: script.is_some(),
+            constraint: script.map(|s| BoxedConstraint(Box::new(s))),
+            ..RawJob::default()
+        };
+        let job = self.engine.job(raw).map_err(words)?;
+        self.engine.submit(job).map_err(words)?;
+        let mut told = Told {
+            kept: 1.0,
+            ..Told::default()
+        };
+        let (mut events, mut first) = (Vec::new(), None);
+        while !self.engine.is_idle() {
+            self.engine.step(&mut events).map_err(words)?;
+            for event in events.drain(..) {
+                match event {
+                    Event::Prompt { .. } => {}
+                    Event::Token { token, logits, .. } => {
+                        first.get_or_insert_with(Instant::now);
+                        told.tokens.push(token);
+                        told.logits.extend(logits);
+                    }
+                    Event::End {
+                        done, usage, method, ..
+                    } => {
+                        if done == Done::Failed {
+                            return Err(HostError("the engine could not go on with the request".into()));
+                        }
+                        told.prompt_tokens = usage.prompt_tokens;
+                        told.cached_tokens = usage.cached_tokens;
+                        told.kept = method.map_or(1.0, |m| m.kept);
+                    }
+                }
+            }
+        }
+        let first = first.unwrap_or_else(Instant::now);
+        told.first_token = first - start;
+        told.rest = first.elapsed();
+        Ok(told)
+    }
+}
+
+fn words(error: impl std::fmt::Display) -> HostError {
+    HostError(error.to_string())
+}
+
+/// An answer that is fixed beforehand.
+#[derive(Clone)]
+struct Script {
+    tokens: Arc<[u32]>,
+    at: usize,
+}
+
+impl Script {
+    fn new(tokens: &[u32]) -> Self {
+        Self {
+            tokens: tokens.into(),
+            at: 0,
+        }
+    }
+}
+
+impl Constraint for Script {
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), ConstraintFailed> {
+        let next = self.tokens.get(self.at).map(|&t| t as usize);
+        let next = next.filter(|&t| t < logits.len());
+        let next = next.ok_or_else(|| ConstraintFailed("no token is left".into()))?;
+        let kept = logits[next];
+        logits.fill(f32::NEG_INFINITY);
+        logits[next] = kept;
+        Ok(())
+    }
+
+    fn commit(&mut self, token: u32) -> Result<(), ConstraintFailed> {
+        match self.tokens.get(self.at) {
+            Some(&next) if next == token => {
+                self.at += 1;
+                Ok(())
+            }
+            _ => Err(ConstraintFailed(format!("token {token} is not the next one"))),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.at == self.tokens.len()
+    }
+
+    fn forced(&mut self) -> Vec<u32> {
+        Vec::new()
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}

@@ -1,0 +1,64 @@
+//! Every pair of methods either works or is refused with both names; `docs/methods/combinations.md` says which.
+//!
+//! `cargo xtask docs` writes the page.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use antefix_conformance::method::{Pair, pair};
+use antefix_papers::ALL;
+
+#[test]
+fn every_pair_works_or_is_refused_by_name() {
+    let mut table = String::from("| |");
+    for m in ALL {
+        let _ = write!(table, " {} |", m.card().name);
+    }
+    let _ = write!(table, "\n|---|{}\n", "---|".repeat(ALL.len()));
+    let mut reasons = String::new();
+    for (i, one) in ALL.iter().enumerate() {
+        let _ = write!(table, "| **{}** |", one.card().name);
+        for (j, other) in ALL.iter().enumerate() {
+            let (a, b) = (one.card(), other.card());
+            let cell = match () {
+                () if j <= i => "",
+                () if a.axis == b.axis => "axis",
+                () => match pair(*one, *other) {
+                    Pair::Works => "yes",
+                    Pair::NeedsProfile => "profile",
+                    Pair::Refused(why) => {
+                        assert!(
+                            why.contains(&format!("`{}`", a.name)) && why.contains(&format!("`{}`", b.name)),
+                            "{} and {} are refused without their names: {why}",
+                            a.name,
+                            b.name
+                        );
+                        let why = why.lines().next().unwrap_or_default();
+                        let _ = writeln!(reasons, "- {why}");
+                        "no"
+                    }
+                },
+            };
+            let _ = write!(table, " {cell} |");
+        }
+        table.push('\n');
+    }
+    let mut page = String::from(
+        "# Which methods go together\n\n`yes`: a request under both ran in the tests, in chunks and out of the cache, with the same bits. \
+         `axis`: both are on one axis, of which a request chooses one. `no`: refused, for the reason below. `profile`: one of them needs a \
+         profile of the model, which the tiny model of this test does not have.\n\n",
+    );
+    page += &table;
+    if !reasons.is_empty() {
+        let _ = write!(page, "\n{reasons}");
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/methods/combinations.md");
+    if std::env::var_os("ANTEFIX_WRITE_PAGES").is_some() {
+        std::fs::write(&path, &page).expect("docs/methods exists");
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == page,
+        "docs/methods/combinations.md is not what the tests find\nhint: cargo xtask docs"
+    );
+}

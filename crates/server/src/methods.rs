@@ -1,0 +1,126 @@
+//! The methods of a request: `"antefix": {"kv": "compresskv,budget=512", "documents": [..]}`, and what is told of them.
+
+use std::sync::Arc;
+
+use antefix_attention::method::{Axis, Method, Profiles, Program, RawChoice, RawMethods, Rig, Trust, find};
+use antefix_attention::method::{ChoiceError, DENSE, Facts};
+use antefix_engine::MethodReport;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::error::ApiError;
+
+/// What the server has to offer.
+#[derive(Debug, Clone, Default)]
+pub struct Offer {
+    /// The methods that requests can choose from.
+    pub methods: &'static [&'static dyn Method],
+    /// Where their profiles lie.
+    pub profiles: Profiles,
+    /// What holds on the axes about which a request says nothing.
+    pub defaults: RawMethods,
+}
+
+/// A text that the question is about.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    /// The client's name for it; nothing depends on it.
+    #[serde(default, rename = "id")]
+    _id: Option<Value>,
+    text: String,
+}
+
+/// What a request says about methods: `antefix`, and the short form `method`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Asked {
+    methods: RawMethods,
+    pub(crate) documents: Vec<String>,
+}
+
+impl Asked {
+    /// Reads both forms; which methods there are is not asked yet, except to find the axis of the short form.
+    ///
+    /// # Errors
+    /// When they have another form, or contradict each other.
+    pub(crate) fn read(
+        offer: &Offer,
+        antefix: Option<&Map<String, Value>>,
+        short: Option<&str>,
+    ) -> Result<Self, ApiError> {
+        let mut asked = Self::default();
+        for (name, value) in antefix.into_iter().flatten().filter(|(_, v)| !v.is_null()) {
+            let wrong = |e: serde_json::Error| ApiError::param("antefix", format!("`antefix.{name}`: {e}"));
+            if name == "documents" {
+                let documents: Vec<Document> = Vec::deserialize(value).map_err(wrong)?;
+                asked.documents = documents.into_iter().map(|d| d.text).collect();
+                continue;
+            }
+            let axis = Axis::named(name).ok_or_else(|| {
+                let names: Vec<&str> = Axis::ALL.iter().map(|a| a.name()).collect();
+                ApiError::param(
+                    "antefix",
+                    format!(
+                        "there is no `antefix.{name}`\nhint: {}, documents",
+                        names.join(", ")
+                    ),
+                )
+            })?;
+            asked
+                .methods
+                .0
+                .insert(axis, RawChoice::deserialize(value).map_err(wrong)?);
+        }
+        if let Some(text) = short.filter(|text| *text != DENSE && *text != "exact") {
+            let raw = RawChoice::parse(text).map_err(|e| refused("method", &e))?;
+            let axis = find(offer.methods, &raw.name)
+                .map_err(|e| refused("method", &e))?
+                .card()
+                .axis;
+            if let Some(first) = asked.methods.0.insert(axis, raw.clone()) {
+                let twice = ChoiceError::Twice {
+                    axis: axis.name(),
+                    first: first.name,
+                    second: raw.name,
+                };
+                return Err(refused("method", &twice));
+            }
+        }
+        Ok(asked)
+    }
+
+    /// The checked program on a model; `None` for dense attention.
+    ///
+    /// # Errors
+    /// When a name or a knob is wrong, or the methods do not go together.
+    pub(crate) fn program(self, offer: &Offer, facts: &Facts) -> Result<Option<Arc<Program>>, ApiError> {
+        let chosen = self
+            .methods
+            .or(&offer.defaults)
+            .resolve(offer.methods, Trust::Remote)
+            .map_err(|e| refused("antefix", &e))?;
+        if chosen.is_empty() {
+            return Ok(None);
+        }
+        let program = Rig::assemble(facts, &offer.profiles, &chosen);
+        Ok(Some(Arc::new(program.map_err(|e| refused("antefix", &e))?)))
+    }
+}
+
+fn refused(field: &str, error: &dyn std::error::Error) -> ApiError {
+    ApiError::param(field, error.to_string())
+}
+
+/// Adds what the methods did to an answer.
+pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
+    if let Some(r) = report {
+        body["antefix"] = json!({
+            "method": r.method,
+            "settings": r.settings,
+            "exact": r.exact,
+            "kept": r.kept,
+            "edits": r.edits,
+            "prompt_tokens_before": r.prompt_before,
+        });
+    }
+}

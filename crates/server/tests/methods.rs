@@ -1,0 +1,174 @@
+//! Methods over HTTP: chosen per request, reported in the answer, and never to be found in the cache of exact prefixes.
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+mod common;
+
+use antefix_attention::method::RawMethods;
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use common::{call, post, server_with, text};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+fn ask(prompt: &str, antefix: Value) -> Value {
+    json!({
+        "prompt": prompt, "max_tokens": 90, "temperature": 0, "ignore_eos": true, "logprobs": 1, "antefix": antefix,
+    })
+}
+
+async fn complete(app: &Router, body: &Value) -> (StatusCode, Value) {
+    call(app, post("/v1/completions", body)).await
+}
+
+/// The drawn tokens with their log-probabilities: what must agree bit for bit.
+fn drawn(answer: &Value) -> (Value, Value) {
+    let lists = &answer["choices"][0]["logprobs"];
+    (lists["tokens"].clone(), lists["token_logprobs"].clone())
+}
+
+fn long_prompt() -> String {
+    "the quick brown fox jumps over the lazy dog and runs away from it. ".repeat(6)
+}
+
+#[tokio::test]
+async fn a_cut_cache_is_reported_and_leaves_nothing_behind_for_exact_requests() {
+    let prompt = long_prompt();
+    let cut = json!({"kv": "streaming_llm,budget=24,sinks=4,every=16"});
+    let cold = server_with(|_| {}).app();
+    let (_, dense_alone) = complete(&cold, &ask(&prompt, json!({}))).await;
+    assert!(dense_alone.get("antefix").is_none(), "{dense_alone}");
+
+    let app = server_with(|_| {}).app();
+    let (status, first) = complete(&app, &ask(&prompt, cut.clone())).await;
+    assert_eq!(status, StatusCode::OK, "{first}");
+    let report = &first["antefix"];
+    assert_eq!(report["method"], "streaming_llm");
+    assert_eq!(report["settings"], "streaming_llm,budget=24,sinks=4,every=16");
+    assert_eq!(report["exact"], false);
+    let kept = report["kept"].as_f64().unwrap();
+    assert!(kept > 0.0 && kept < 0.6, "{report}");
+    // At the end of the prompt, and after 16, 32, 48, 64 and 80 of the 90 tokens, of which the last is not computed.
+    assert_eq!(report["edits"], 6);
+    assert_ne!(drawn(&first), drawn(&dense_alone), "24 rows are not all rows");
+
+    // The same request again reads the exact prompt out of the cache and comes to the same cut state.
+    let (_, second) = complete(&app, &ask(&prompt, cut)).await;
+    assert!(
+        second["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
+            > 0
+    );
+    assert_eq!(drawn(&second), drawn(&first));
+    // Nothing of it is to be found by those who want exact attention.
+    let (_, dense) = complete(&app, &ask(&prompt, json!({}))).await;
+    assert_eq!(drawn(&dense), drawn(&dense_alone));
+}
+
+#[tokio::test]
+async fn documents_stand_in_front_of_the_question_and_are_read_twice() {
+    let app = server_with(|_| {}).app();
+    let chat = |antefix: Value| {
+        post(
+            "/v1/chat/completions",
+            &json!({
+                "messages": [{"role": "user", "content": "which one"}], "max_tokens": 4, "temperature": 0, "antefix": antefix,
+            }),
+        )
+    };
+    let documents = json!([{"id": "a", "text": "one two three"}, {"text": "four five six"}]);
+    let (_, once) = call(&app, chat(json!({"documents": documents}))).await;
+    let (status, twice) = call(&app, chat(json!({"documents": documents, "context": "jrt"}))).await;
+    assert_eq!(status, StatusCode::OK, "{twice}");
+    let tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(
+        tokens(&twice) > tokens(&once) + 6,
+        "{} {}",
+        tokens(&twice),
+        tokens(&once)
+    );
+    assert_eq!(
+        twice["antefix"]["prompt_tokens_before"].as_u64().unwrap(),
+        tokens(&once)
+    );
+    assert_eq!(twice["antefix"]["kept"], 1.0);
+    let (status, refused) = call(&app, chat(json!({"context": "jrt"}))).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(
+        refused["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("`jrt` needs documents"),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn wrong_choices_say_what_would_be_right() {
+    let app = server_with(|_| {}).app();
+    for (antefix, hint) in [
+        (json!({"kv": "streaming"}), "choose from"),
+        (json!({"kv": "streaming_llm,budget=0"}), "1 to 1048576"),
+        (
+            json!({"kv": {"name": "streaming_llm", "budgt": 1}}),
+            "choose from budget, sinks, every",
+        ),
+        (
+            json!({"kv": "streaming_llm,budget=4,sinks=4"}),
+            "4 sinks leave nothing",
+        ),
+        (json!({"prefill": "streaming_llm"}), "write it under `kv`"),
+        (json!({"cache": "streaming_llm"}), "prefill, decode, kv"),
+        (json!({"documents": "text"}), "antefix.documents"),
+    ] {
+        let (status, body) = complete(&app, &ask("hello", antefix.clone())).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{antefix}");
+        let message = body["error"]["message"].as_str().unwrap();
+        assert!(message.contains(hint), "{antefix}: {message}");
+        assert_eq!(body["error"]["param"], "antefix");
+    }
+    let (status, body) = complete(&app, &json!({"prompt": "a", "method": "nothing_like_it"})).await;
+    assert_eq!(
+        (status, &body["error"]["param"]),
+        (StatusCode::BAD_REQUEST, &json!("method"))
+    );
+    for method in ["dense", "exact", "streaming_llm,budget=64"] {
+        let (status, body) = complete(&app, &json!({"prompt": "a", "method": method, "max_tokens": 1})).await;
+        assert_eq!(status, StatusCode::OK, "{body}");
+    }
+}
+
+#[tokio::test]
+async fn the_servers_profile_holds_where_a_request_says_nothing() {
+    let defaults: RawMethods = serde_json::from_value(json!({"kv": "streaming_llm,budget=16"})).unwrap();
+    let app = server_with(|config| config.offer.defaults = defaults).app();
+    let (_, answer) = complete(&app, &ask(&long_prompt(), json!({}))).await;
+    assert_eq!(answer["antefix"]["method"], "streaming_llm", "{answer}");
+    let (_, answer) = complete(&app, &ask(&long_prompt(), json!({"kv": "dense"}))).await;
+    assert!(answer.get("antefix").is_none(), "{answer}");
+}
+
+#[tokio::test]
+async fn the_list_of_methods_is_that_of_the_cards() {
+    let app = server_with(|_| {}).app();
+    let (_, list) = call(&app, Request::get("/v1/methods").body(Body::empty()).unwrap()).await;
+    let names: Vec<&str> = list["methods"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["name"].as_str().unwrap())
+        .collect();
+    let cards: Vec<&str> = antefix_papers::ALL.iter().map(|m| m.card().name).collect();
+    assert_eq!(names, cards);
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_the_report() {
+    let app = server_with(|_| {}).app();
+    let mut body = ask(&long_prompt(), json!({"kv": "streaming_llm,budget=16"}));
+    body["stream"] = json!(true);
+    let lines = text(app.oneshot(post("/v1/completions", &body)).await.unwrap()).await;
+    let reports = lines.matches("\"antefix\":").count();
+    assert_eq!(reports, 1, "{lines}");
+}
