@@ -8,16 +8,24 @@ pub mod heads;
 
 // papers: first
 pub mod act;
+pub mod entropy_abf;
 pub mod jrt;
 pub mod kv_baselines;
 pub mod retrieval_heads;
+pub mod rope_scaling;
 // papers: last
 
 /// Everything that a request can choose, in the order of the names. Help texts, `/v1/methods`, the pages under `docs/methods/` and the
 /// tests of combinations are made from it.
 pub const ALL: &[&dyn Method] = &[
     // methods: first
+    &entropy_abf::EntropyAbf,
     &jrt::Jrt,
+    &rope_scaling::llama3::Llama3,
+    &rope_scaling::ntk::NtkAware,
+    &rope_scaling::parts::NtkByParts,
+    &rope_scaling::pi::PositionInterpolation,
     &kv_baselines::StreamingLlm,
+    &rope_scaling::yarn::Yarn,
     // methods: last
 ];
