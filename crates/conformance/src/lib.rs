@@ -7,7 +7,7 @@ pub mod method;
 use std::path::Path;
 use std::sync::Arc;
 
-use antefix_engine::{Budget, Engine, EngineError, Event, Options, RawJob, SeqId};
+use antefix_engine::{Beside, Budget, Engine, EngineError, Event, Options, RawJob, SeqId};
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::team::Team;
@@ -84,7 +84,10 @@ impl Traffic {
             .collect();
         let budget = Budget {
             rows: 1 + below(limit.max(140) / 2),
-            prompt_rows_beside_decode: 1 + below(limit.max(120) / 4),
+            beside_decode: match below(3) {
+                0 => Beside::Factor(1.0 + below(40) as f64 / 10.0),
+                _ => Beside::Rows(1 + below(limit.max(120) / 4)),
+            },
         };
         Self { arrivals, budget }
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use antefix_attention::method::{
     self, Card, Chosen, Facts, Kind, Knobs, Method, Need, Profiles, Program, RawChoice, Rig, RigError, Value,
 };
-use antefix_engine::{Budget, Engine, Event, Options, RawJob};
+use antefix_engine::{Beside, Budget, Engine, Event, Options, RawJob};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::decoder::Model;
 use antefix_models::spec::Arch;
@@ -250,7 +250,7 @@ fn alone(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, raw: &RawJob) -> (Answe
         context: usize::MAX,
         budget: Budget {
             rows: 4096,
-            prompt_rows_beside_decode: 4096,
+            beside_decode: Beside::Rows(4096),
         },
     };
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(tokenizer), options);
@@ -318,7 +318,7 @@ pub fn pair(one: &'static dyn Method, other: &'static dyn Method) -> Pair {
             context: usize::MAX,
             budget: Budget {
                 rows: 33,
-                prompt_rows_beside_decode: 7,
+                beside_decode: Beside::Rows(7),
             },
         },
     );

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use antefix_attention::method::Program;
 use antefix_kv::{EditError, KvError, Pool, Radix, SeqKv, SeqState};
@@ -13,6 +13,7 @@ use antefix_state::PAGE_ROWS;
 use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabouts};
 use crate::course::{Course, MethodReport};
 use crate::job::{Job, JobError};
+use crate::pace::{Pace, Work};
 use crate::sampler::{Sampler, log_probs};
 use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
 use crate::stop::{StopMatcher, Stopped};
@@ -187,9 +188,10 @@ impl Seq {
         self.tokens.len().min(self.course.border()) - self.done()
     }
 
-    /// Whether only the token drawn last is to be computed. A sequence that lost its memory has more to do.
+    /// Whether it writes its answer: what is to be computed is the token drawn last and those that its constraint put behind it. A
+    /// sequence that lost its memory may have more to do.
     fn decoding(&self) -> bool {
-        self.done() >= self.prompt && self.tokens.len() - self.done() == 1
+        self.done() >= self.prompt && (1..=FORCED_AT_ONCE).contains(&(self.tokens.len() - self.done()))
     }
 
     fn usage(&self) -> Usage {
@@ -223,6 +225,9 @@ impl Seq {
 /// Tokens of an answer for which memory is set aside at the start; more is taken as it grows.
 const FIRST_ANSWER_TOKENS: usize = 64;
 
+/// Tokens that a decoding sequence may have in a step; more come in chunks, like a prompt's.
+const FORCED_AT_ONCE: usize = 32;
+
 /// Runs requests on one model.
 pub struct Engine {
     model: Arc<Model>,
@@ -238,6 +243,7 @@ pub struct Engine {
     used: HashMap<u64, u64>,
     next: u64,
     preempted: u64,
+    pace: Pace,
     scratch: Scratch,
     logits: Vec<f32>,
     masked: Vec<f32>,
@@ -253,6 +259,7 @@ impl Engine {
             context: options.context.min(model.spec().context),
             ..options
         };
+        let pace = Pace::of(model.spec());
         Self {
             model,
             tokenizer,
@@ -265,6 +272,7 @@ impl Engine {
             used: HashMap::new(),
             next: 0,
             preempted: 0,
+            pace,
             scratch: Scratch::default(),
             logits: Vec::new(),
             masked: Vec::new(),
@@ -429,18 +437,20 @@ impl Engine {
         if self.running.is_empty() {
             self.cache.wait_for_block();
         }
+        let started = Instant::now();
         let views: Vec<SeqView> = self
             .running
             .iter()
             .map(|s| SeqView {
                 id: s.id,
                 pending: s.pending(),
+                keys: s.done(),
                 decoding: s.decoding(),
             })
             .collect();
-        let batch = schedule(&views, self.options.budget);
+        let batch = schedule(&views, self.options.budget, &self.pace);
         self.make_room(&batch.parts)?;
-        let mut report = StepReport::default();
+        let (mut report, mut work) = (StepReport::default(), Work::default());
         // Whoever lost its memory is not running any more and drops out of the batch.
         let parts: Vec<(usize, Part)> = batch
             .parts
@@ -487,6 +497,7 @@ impl Engine {
             } else {
                 &mut report.prompt_rows
             }) += part.tokens;
+            work.add(part.tokens, seq.done(), seq.decoding());
             *self.used.entry(seq.job.tenant).or_default() += part.tokens as u64;
             let had_prompt = seq.done() >= seq.prompt;
             seq.kv.tail.commit(part.tokens);
@@ -523,6 +534,7 @@ impl Engine {
         for id in deciding {
             self.decide(id, events)?;
         }
+        self.pace.learn(&work, started.elapsed().as_secs_f64());
         Ok(report)
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use antefix_attention::method::RawMethods;
-use antefix_engine::{Budget, Options};
+use antefix_engine::{Beside, Budget, Options};
 use antefix_kv::Pool;
 use antefix_server::{Config, KeyConfig, Limits, Offer, Server};
 use anyhow::{Context, anyhow};
@@ -47,7 +47,11 @@ pub(crate) struct Args {
     /// Requests that may wait; more get 429
     #[arg(long)]
     queue: Option<usize>,
-    /// Rows of prompts in a step beside decoding sequences: less = steadier tokens, more = faster prompts
+    /// How much longer than without it a step may take for the sake of somebody's prompt: less = steadier tokens, more = faster
+    /// prompts
+    #[arg(long)]
+    max_inter_token_factor: Option<f64>,
+    /// Rows of prompts in a step beside decoding sequences, instead of --max-inter-token-factor
     #[arg(long)]
     prompt_rows: Option<usize>,
     /// Jinja file to use instead of the model's chat template
@@ -81,7 +85,8 @@ struct Settings {
     ctx: Option<usize>,
     kv_mib: Option<usize>,
     queue: usize,
-    prompt_rows: usize,
+    max_inter_token_factor: f64,
+    prompt_rows: Option<usize>,
     chat_template: Option<PathBuf>,
     strict: bool,
     drain_s: u64,
@@ -104,7 +109,8 @@ impl Default for Settings {
             ctx: None,
             kv_mib: None,
             queue: 256,
-            prompt_rows: Budget::default().prompt_rows_beside_decode,
+            max_inter_token_factor: 3.0,
+            prompt_rows: None,
             chat_template: None,
             strict: false,
             drain_s: 30,
@@ -132,7 +138,11 @@ impl Settings {
         put(&mut s.host, args.host.as_ref());
         put(&mut s.port, args.port.as_ref());
         put(&mut s.queue, args.queue.as_ref());
-        put(&mut s.prompt_rows, args.prompt_rows.as_ref());
+        put(
+            &mut s.max_inter_token_factor,
+            args.max_inter_token_factor.as_ref(),
+        );
+        s.prompt_rows = args.prompt_rows.or(s.prompt_rows);
         put(&mut s.drain_s, args.drain_s.as_ref());
         s.ctx = args.ctx.or(s.ctx);
         s.kv_mib = args.kv_mib.or(s.kv_mib);
@@ -155,9 +165,10 @@ impl Settings {
                 _ => s.model.clone(),
             });
         }
-        if s.queue == 0 || s.prompt_rows == 0 {
+        let factor = s.max_inter_token_factor;
+        if s.queue == 0 || s.prompt_rows == Some(0) || factor.is_nan() || factor < 1.0 {
             return Err(Failure::Input(anyhow!(
-                "`queue` and `prompt_rows` must be at least 1"
+                "`queue`, `prompt_rows` and `max_inter_token_factor` must be at least 1"
             )));
         }
         if !s.host.is_loopback() && s.keys.is_empty() {
@@ -239,7 +250,9 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             kv_bytes,
             context,
             budget: Budget {
-                prompt_rows_beside_decode: settings.prompt_rows,
+                beside_decode: settings
+                    .prompt_rows
+                    .map_or(Beside::Factor(settings.max_inter_token_factor), Beside::Rows),
                 ..Budget::default()
             },
         },
