@@ -5,6 +5,7 @@ pub mod bench;
 pub mod eval;
 pub mod heads;
 pub mod host;
+pub mod load;
 pub mod logits;
 pub mod perplexity;
 pub mod plot;

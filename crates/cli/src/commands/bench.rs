@@ -1,10 +1,11 @@
-//! `antefix bench`: speed, as text or JSON lines.
+//! `antefix bench`: speed, as text or JSON lines. `--serve` and what goes with it is in `load`.
 
 use std::path::PathBuf;
 
 use antefix_lab::bench::{self, BenchError, Row, SharedRow};
 use anyhow::anyhow;
 
+use super::load::{self, LoadArgs};
 use super::{json_line, line};
 use crate::failure::Failure;
 use crate::model::{Loaded, ModelArgs, RunArgs};
@@ -39,6 +40,8 @@ pub(crate) struct Args {
     /// JSON lines of an earlier run: adds the ratio to it
     #[arg(long)]
     compare: Option<PathBuf>,
+    #[command(flatten)]
+    load: LoadArgs,
 }
 
 fn failure(error: BenchError) -> Failure {
@@ -49,6 +52,9 @@ fn failure(error: BenchError) -> Failure {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    if args.load.wanted() {
+        return load::run(&args.load, &args.model, &args.run, args.json);
+    }
     if args.repeats == 0 || args.batch.contains(&0) {
         return Err(Failure::Input(anyhow!(
             "`--repeats` and `--batch` are at least 1"

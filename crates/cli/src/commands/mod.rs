@@ -6,6 +6,7 @@ pub(crate) mod chat;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod explain;
+pub(crate) mod load;
 pub(crate) mod logits;
 pub(crate) mod methods;
 pub(crate) mod models;
