@@ -84,13 +84,13 @@ def slug(cpu):
 class Session:
     """One call of this program: what does not change from line to line, and the file they go to."""
 
-    def __init__(self, args, engines):
+    def __init__(self, args, engines, file="peers.jsonl"):
         self.engines = engines
         machine = engines.ask("doctor")
         self.cpu = machine["cpu"]
         now = datetime.datetime.now(datetime.timezone.utc)
         self.name = now.isoformat(timespec="seconds")
-        self.path = args.out or ROOT / "bench" / "results" / f"{now.date()}-{slug(self.cpu)}" / "peers.jsonl"
+        self.path = args.out or ROOT / "bench" / "results" / f"{now.date()}-{slug(self.cpu)}" / file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.same = {
             "session": self.name,
