@@ -15,7 +15,7 @@ pub enum Path {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
-    /// AMX int8 tiles on top of AVX-512.
+    /// AMX int8 and bf16 tiles and AVX-512 BF16 on top of AVX-512.
     Amx,
 }
 
@@ -52,7 +52,9 @@ impl Path {
                     && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "x86_64")]
-            Path::Amx => Path::Avx512.is_here() && crate::amx::permitted(),
+            Path::Amx => {
+                Path::Avx512.is_here() && is_x86_feature_detected!("avx512bf16") && crate::amx::permitted()
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }

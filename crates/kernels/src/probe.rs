@@ -63,6 +63,24 @@ pub fn measure(cpu: Cpu, team: &Team) -> Ceilings {
     }
 }
 
+/// Operations per second of bf16 tile products, 2 for each multiply-add; `None` on paths without tiles.
+pub fn tile_flop_s(cpu: Cpu, team: &Team) -> Option<f64> {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if cpu.path() == Path::Amx {
+        const ROUNDS: usize = 20_000;
+        /// Tile products of a round, each of 16 rows, 16 columns and 32 products.
+        const PRODUCTS: usize = 4;
+        let threads = team.threads();
+        let seconds = fastest(5, || {
+            // SAFETY: `cpu` proves the tiles.
+            team.run(threads, &|_| unsafe { crate::amx::products(ROUNDS) });
+        });
+        return Some((2 * 16 * 16 * 32 * PRODUCTS * ROUNDS * threads) as f64 / seconds);
+    }
+    let _ = (cpu, team);
+    None
+}
+
 /// f32 multiply-adds of one round: enough independent chains to hide the latency on AVX2 and AVX-512.
 const FMA_LANES: usize = 160;
 

@@ -17,7 +17,7 @@ pub struct Identity {
 impl Identity {
     /// One name for all of it.
     pub fn fingerprint(&self) -> Fingerprint {
-        let mut hash = blake3::Hasher::new_derive_key("antefix disk tier: identity, version 1");
+        let mut hash = blake3::Hasher::new_derive_key("antefix disk tier: identity, version 2");
         hash.update(&self.model);
         hash.update(self.layout.as_bytes());
         Fingerprint(*hash.finalize().as_bytes())

@@ -2,8 +2,11 @@
 //!
 //! A page holds 32 rows of one (layer, KV head). Per page and row: scores, one fma chain over the dimensions each; online
 //! softmax; one fma chain over the keys for each output dimension. What a row gets depends on the row and the keys alone, never
-//! on the rows beside it, and is the same on every path.
+//! on the rows beside it, and is the same on every path but one: on AMX, bf16 pages go through tiles, which round in their own
+//! way (module `amx`).
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod page;
 mod scalar;
 mod scores;
@@ -64,10 +67,29 @@ pub fn merge(into: &mut StateMut<'_>, from: &StateRef<'_>) {
         let (a, b) = ((into.m[r] - m).exp(), (from.m[r] - m).exp());
         into.m[r] = m;
         into.l[r] = into.l[r] * a + from.l[r] * b;
-        for (x, y) in into.acc[r * dim..][..dim].iter_mut().zip(&from.acc[r * dim..]) {
+        blend(&mut into.acc[r * dim..][..dim], a, &from.acc[r * dim..][..dim], b);
+    }
+}
+
+/// `x = x a + y b`, each operation rounded: the same bits on every machine.
+fn blend(x: &mut [f32], a: f32, y: &[f32], b: f32) {
+    #[inline(always)]
+    fn body(x: &mut [f32], a: f32, y: &[f32], b: f32) {
+        for (x, y) in x.iter_mut().zip(y) {
             *x = *x * a + y * b;
         }
     }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn wide(x: &mut [f32], a: f32, y: &[f32], b: f32) {
+        body(x, a, y, b);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: just asked.
+        return unsafe { wide(x, a, y, b) };
+    }
+    body(x, a, y, b);
 }
 
 /// Multiplies the weight of this part by `e^b`, in every row.
@@ -113,6 +135,8 @@ pub struct AttendScratch {
     wide: Vec<f32>,
     /// Queries, packed tile by tile.
     q: Vec<f32>,
+    #[cfg(target_arch = "x86_64")]
+    amx: amx::Scratch,
 }
 
 /// Continues the states of `R` rows over the keys of `pages`.
@@ -153,59 +177,89 @@ pub fn attend(
         keys as usize <= pages.len() * PAGE_ROWS,
         "no more keys than pages hold"
     );
-    #[cfg(target_arch = "x86_64")]
-    if cpu.path() != Path::Scalar && rows > 0 {
-        simd::pack(q, rows, dim, &mut scratch.q);
+    pages.iter().for_each(|view| view.page.check(dim));
+    if rows == 0 {
+        return;
     }
-    for (i, View { page, rows }) in pages.iter().enumerate() {
-        page.check(dim);
+    let call = Call {
+        dim,
+        q,
+        visible,
+        softcap,
+        pages,
+        first,
+        keys,
+    };
+    match cpu.path() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX-512 and tiles; lengths were checked above.
+        Path::Amx if amx::fits(&call) => unsafe { amx::attend(&call, state, &mut scratch.amx) },
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx2 | Path::Avx512 | Path::Amx => {
+            simd::pack(q, rows, dim, &mut scratch.q);
+            for tile in call.tiles() {
+                match cpu.path() {
+                    // SAFETY: `cpu` proves AVX2 and FMA; lengths were checked above.
+                    Path::Avx2 => unsafe { simd::page_avx2(&tile, state, scratch) },
+                    // SAFETY: `cpu` proves AVX-512F; lengths were checked above.
+                    _ => unsafe { simd::page_avx512(&tile, state, scratch) },
+                }
+            }
+        }
+        _ => call.tiles().for_each(|tile| scalar::page(&tile, state)),
+    }
+}
+
+/// What [`attend`] was asked, with lengths that fit; at least one row.
+struct Call<'a> {
+    dim: usize,
+    q: &'a [f32],
+    visible: &'a [(u32, u32)],
+    softcap: Option<f32>,
+    pages: &'a [View<'a>],
+    first: u32,
+    keys: u32,
+}
+
+impl<'a> Call<'a> {
+    /// Page `i` of those that hold valid keys: its position, valid rows, and the bits of the open ones.
+    fn page(&self, i: usize) -> (u32, usize, u32) {
         let start = i * PAGE_ROWS;
-        if start >= keys as usize {
-            break;
-        }
-        let valid = PAGE_ROWS.min(keys as usize - start) as u32;
-        let pos = first + start as u32;
-        let open = rows & (u32::MAX >> (PAGE_ROWS as u32 - valid));
-        if open == 0 {
-            continue;
-        }
-        let sees = |v: &(u32, u32)| v.0 < pos + valid && v.1 > pos;
-        let Some(from) = visible.iter().position(sees) else {
-            continue;
-        };
-        let to = visible.iter().rposition(sees).map_or(from, |r| r + 1);
-        let tile = Tile {
-            dim,
-            q,
-            visible,
-            seen: from..to,
-            softcap,
-            page: *page,
-            next: pages.get(i + 1).map(|view| view.page),
-            pos,
-            valid: valid as usize,
-            open,
-        };
-        match cpu.path() {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `cpu` proves AVX2 and FMA; lengths were checked above.
-            Path::Avx2 => unsafe { simd::page_avx2(&tile, state, scratch) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `cpu` proves AVX-512F; lengths were checked above.
-            Path::Avx512 | Path::Amx => unsafe { simd::page_avx512(&tile, state, scratch) },
-            _ => scalar::page(&tile, state),
-        }
+        let valid = PAGE_ROWS.min(self.keys as usize - start);
+        let open = self.pages[i].rows & (u32::MAX >> (PAGE_ROWS - valid));
+        (self.first + start as u32, valid, open)
+    }
+
+    /// Pages that hold valid keys.
+    fn len(&self) -> usize {
+        (self.keys as usize).div_ceil(PAGE_ROWS)
+    }
+
+    /// The pages that some row sees, ascending.
+    fn tiles(&'a self) -> impl Iterator<Item = Tile<'a>> {
+        (0..self.len()).filter_map(move |i| {
+            let (pos, valid, open) = self.page(i);
+            let sees = |v: &(u32, u32)| v.0 < pos + valid as u32 && v.1 > pos;
+            let from = self.visible.iter().position(sees)?;
+            let to = self.visible.iter().rposition(sees).map_or(from, |r| r + 1);
+            (open != 0).then_some(Tile {
+                call: self,
+                seen: from..to,
+                page: self.pages[i].page,
+                next: self.pages.get(i + 1).map(|view| view.page),
+                pos,
+                valid,
+                open,
+            })
+        })
     }
 }
 
 /// All rows of a call, and one page.
 struct Tile<'a> {
-    dim: usize,
-    q: &'a [f32],
-    visible: &'a [(u32, u32)],
+    call: &'a Call<'a>,
     /// From the first to the last row that sees something of the page.
     seen: std::ops::Range<usize>,
-    softcap: Option<f32>,
     page: Page<'a>,
     /// The page that comes after it.
     next: Option<Page<'a>>,
@@ -220,7 +274,7 @@ struct Tile<'a> {
 impl Tile<'_> {
     /// Keys `[lo, hi)` of the page that row `r` sees; empty if `lo >= hi`.
     fn span(&self, r: usize) -> (usize, usize) {
-        let (lo, hi) = self.visible[r];
+        let (lo, hi) = self.call.visible[r];
         let local = |x: u32| (x.saturating_sub(self.pos) as usize).min(self.valid);
         (local(lo), local(hi))
     }

@@ -8,7 +8,7 @@ const HALF: usize = PAGE_ROWS / 2;
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvDtype {
-    /// 16 bits; keys in pairs of dimensions, the operand order of `vdpbf16ps` and of AMX tiles.
+    /// 16 bits; keys in pairs of dimensions and values in pairs of rows, the operand order of AMX tiles.
     Bf16,
     /// 32 bits.
     F32,
@@ -26,7 +26,8 @@ impl KvDtype {
 
 /// Sizes of a page. K and V have `32 * dim` values each.
 ///
-/// K bf16 `[2 halves][D/2][16 keys][2 dims]`, K f32 `[2 halves][D][16 keys]`, V row-major `[32][D]`.
+/// bf16: K `[2 halves][D/2][16 keys][2 dims]`, V `[16 pairs][D][2 rows]`. f32: K `[2 halves][D][16 keys]`, V row-major
+/// `[32][D]`. The layout is the same on every machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageLayout {
     /// Head dimension `D`.
@@ -125,6 +126,11 @@ fn k_f32_at(dim: usize, row: usize, d: usize) -> usize {
     (row / HALF * dim + d) * HALF + row % HALF
 }
 
+/// Place of dimension `d` of value `row` in a bf16 V part.
+fn v_bf16_at(dim: usize, row: usize, d: usize) -> usize {
+    (row / 2 * dim + d) * 2 + row % 2
+}
+
 impl Page<'_> {
     pub(super) fn check(&self, dim: usize) {
         let (k, v) = match self {
@@ -148,7 +154,7 @@ impl Page<'_> {
     /// Dimension `d` of value `row`.
     pub fn value(&self, dim: usize, row: usize, d: usize) -> f32 {
         match self {
-            Page::Bf16 { v, .. } => bf16_to_f32(v[row * dim + d]),
+            Page::Bf16 { v, .. } => bf16_to_f32(v[v_bf16_at(dim, row, d)]),
             Page::F32 { v, .. } => v[row * dim + d],
         }
     }
@@ -167,8 +173,8 @@ impl PageMut<'_> {
                 for (d, &x) in key.iter().enumerate() {
                     k[k_bf16_at(dim, row, d)] = f32_to_bf16(x);
                 }
-                for (to, &x) in v[row * dim..][..dim].iter_mut().zip(value) {
-                    *to = f32_to_bf16(x);
+                for (d, &x) in value.iter().enumerate() {
+                    v[v_bf16_at(dim, row, d)] = f32_to_bf16(x);
                 }
             }
             PageMut::F32 { k, v } => {

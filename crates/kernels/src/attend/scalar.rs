@@ -7,10 +7,10 @@ use crate::ops::exp;
 
 /// Continues every row that sees something of the page.
 pub(super) fn page(tile: &Tile<'_>, state: &mut StateMut<'_>) {
-    let dim = tile.dim;
+    let dim = tile.call.dim;
     for r in tile.seen.clone() {
         let (lo, hi) = tile.span(r);
-        let q = &tile.q[r * dim..][..dim];
+        let q = &tile.call.q[r * dim..][..dim];
         let mut s = [f32::NEG_INFINITY; PAGE_ROWS];
         for (j, s) in s.iter_mut().enumerate().take(hi).skip(lo) {
             if !tile.is_open(j) {
@@ -20,7 +20,7 @@ pub(super) fn page(tile: &Tile<'_>, state: &mut StateMut<'_>) {
                 .iter()
                 .enumerate()
                 .fold(0.0f32, |sum, (d, q)| q.mul_add(tile.page.key(dim, j, d), sum));
-            if let Some(cap) = tile.softcap {
+            if let Some(cap) = tile.call.softcap {
                 *s = cap * (*s / cap).tanh();
             }
         }

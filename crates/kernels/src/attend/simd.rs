@@ -29,7 +29,9 @@ trait Simd {
     unsafe fn store(p: *mut f32, v: Self::V);
     /// The even and odd dimensions of `LANES` keys out of `LANES` bf16 pairs.
     unsafe fn load_pairs(p: *const u16) -> (Self::V, Self::V);
-    unsafe fn load_bf16(p: *const u16) -> Self::V;
+    /// The first (or second) of each of `LANES` bf16 pairs.
+    unsafe fn load_first(p: *const u16) -> Self::V;
+    unsafe fn load_second(p: *const u16) -> Self::V;
     /// `acc[r][i] += x[r * STRIDE] * v[i]`.
     unsafe fn outer<const R: usize, const W: usize, const STRIDE: usize>(
         x: *const f32,
@@ -80,11 +82,16 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> __m256 {
+    unsafe fn load_first(p: *const u16) -> __m256 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_second(p: *const u16) -> __m256 {
         // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
-            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            let high = _mm256_set1_epi32(0xffff_0000u32 as i32);
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(p.cast()), high))
         }
     }
     /// By hand, because left alone the compiler loads all broadcasts of a step first and spills accumulators for them.
@@ -237,11 +244,16 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u16) -> __m512 {
+    unsafe fn load_first(p: *const u16) -> __m512 {
+        // SAFETY: the caller has the features, and a pointer covers one vector.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_second(p: *const u16) -> __m512 {
         // SAFETY: the caller has the features, and a pointer covers one vector.
         unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p.cast()), high))
         }
     }
     #[inline(always)]
@@ -365,7 +377,7 @@ enum Source {
 
 #[inline(always)]
 unsafe fn page<S: Simd>(tile: &Tile<'_>, state: &mut StateMut<'_>, scratch: &mut AttendScratch) {
-    let (rows, dim) = (tile.visible.len(), tile.dim);
+    let (rows, dim) = (tile.call.visible.len(), tile.call.dim);
     // SAFETY: `Page::check` has seen 32 * dim values in each part; `wide` is sized here.
     unsafe {
         let source = match tile.page {
@@ -430,10 +442,12 @@ unsafe fn widen<S: Simd>(k: &[u16], v: &[u16], valid: usize, dim: usize, wk: &mu
                 lane += S::LANES;
             }
         }
-        let mut i = 0;
-        while i < valid * dim {
-            S::store(wv.as_mut_ptr().add(i), S::load_bf16(v.as_ptr().add(i)));
-            i += S::LANES;
+        for j in 0..valid.div_ceil(2) {
+            for d in (0..dim).step_by(S::LANES) {
+                let (first, second) = S::load_pairs(v.as_ptr().add((j * dim + d) * 2));
+                S::store(wv.as_mut_ptr().add(2 * j * dim + d), first);
+                S::store(wv.as_mut_ptr().add((2 * j + 1) * dim + d), second);
+            }
         }
     }
 }
@@ -447,7 +461,7 @@ unsafe fn rows_of<S: Simd, const R: usize, const W: usize>(
     first: usize,
     state: &mut StateMut<'_>,
 ) {
-    let dim = tile.dim;
+    let dim = tile.call.dim;
     let mut s = [[f32::NEG_INFINITY; PAGE_ROWS]; R];
     // SAFETY: rows first..first + R exist; pointers of `source` cover the page.
     unsafe {
@@ -470,7 +484,7 @@ unsafe fn rows_of<S: Simd, const R: usize, const W: usize>(
             _ => scores::<S, R, 1>(q, dim, source, next, 0, &mut s),
         }
         for (i, s) in s.iter_mut().enumerate() {
-            if let Some(cap) = tile.softcap {
+            if let Some(cap) = tile.call.softcap {
                 s.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
             }
             let (lo, hi) = tile.span(first + i);
@@ -696,16 +710,28 @@ unsafe fn values_at<S: Simd, const R: usize, const W: usize>(
                 }
             }
             Source::Bf16(_, values) => {
-                for j in rows_in(open) {
+                let mut pair = 0;
+                while 2 * pair < PAGE_ROWS && open >> (2 * pair) != 0 {
                     if let Some(k) = next
-                        && j < W * S::LANES
+                        && 2 * pair < W * S::LANES
                     {
-                        _mm_prefetch::<_MM_HINT_T0>(k.wrapping_add((d + j) * 32).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(k.wrapping_add((d + 2 * pair) * 32).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(k.wrapping_add((d + 2 * pair + 1) * 32).cast());
                     }
-                    for (i, v) in v.iter_mut().enumerate() {
-                        *v = S::load_bf16(values.add(j * dim + d + i * S::LANES));
+                    let both = values.add((pair * dim + d) * 2);
+                    if open >> (2 * pair) & 1 == 1 {
+                        for (i, v) in v.iter_mut().enumerate() {
+                            *v = S::load_first(both.add(2 * i * S::LANES));
+                        }
+                        S::outer::<R, W, PAGE_ROWS>(p.add(2 * pair), &v, &mut sum);
                     }
-                    S::outer::<R, W, PAGE_ROWS>(p.add(j), &v, &mut sum);
+                    if open >> (2 * pair + 1) & 1 == 1 {
+                        for (i, v) in v.iter_mut().enumerate() {
+                            *v = S::load_second(both.add(2 * i * S::LANES));
+                        }
+                        S::outer::<R, W, PAGE_ROWS>(p.add(2 * pair + 1), &v, &mut sum);
+                    }
+                    pair += 1;
                 }
             }
         }

@@ -127,6 +127,7 @@ impl Case {
         let mut scratch = AttendScratch {
             wide: vec![f32::NAN; 7],
             q: vec![f32::NAN; 5],
+            ..AttendScratch::default()
         };
         let cut = cut.min(pages.len());
         let cut_keys = (cut * PAGE_ROWS).min(self.keys);
@@ -210,6 +211,11 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+/// Whether the path computes the case in bf16 tiles: their rounding is not the scalar twin's.
+fn tiles(cpu: Cpu, case: &Case, dtype: KvDtype) -> bool {
+    cpu.path() == Path::Amx && dtype == KvDtype::Bf16 && case.dim.is_multiple_of(32)
+}
+
 #[test]
 fn every_path_is_softmax_attention() {
     for cpu in Cpu::available() {
@@ -226,11 +232,13 @@ fn every_path_is_softmax_attention() {
                     },
                     &mut out,
                 );
+                // A weight in bf16 is off by up to 2^-9 of itself, and values are up to 1.
+                let tolerance = if tiles(cpu, &case, dtype) { 4e-3 } else { 1e-5 };
                 for r in 0..rows {
                     for (d, want) in case.reference(dtype, r).into_iter().enumerate() {
                         let got = f64::from(out[r * case.dim + d]);
                         assert!(
-                            (got - want).abs() < 1e-5,
+                            (got - want).abs() < tolerance,
                             "{} row {r} dim {d}: {got} {want}",
                             cpu.path()
                         );
@@ -246,12 +254,15 @@ fn every_path_is_softmax_attention() {
 }
 
 #[test]
-fn every_path_gives_the_scalar_twins_bits() {
+fn every_path_of_f32_arithmetic_gives_the_scalar_twins_bits() {
     let scalar = Cpu::with(Path::Scalar).unwrap();
     for case in cases() {
         for dtype in [KvDtype::F32, KvDtype::Bf16] {
             let want = case.run(scalar, dtype, 0..case.visible.len(), 0);
-            for cpu in Cpu::available() {
+            for cpu in Cpu::available()
+                .into_iter()
+                .filter(|&cpu| !tiles(cpu, &case, dtype))
+            {
                 assert_eq!(
                     case.run(cpu, dtype, 0..case.visible.len(), 0),
                     want,
@@ -392,5 +403,40 @@ fn scores_are_capped() {
             scratch,
         );
         assert!(m.iter().all(|&m| m > 4.9 && m <= 5.0), "{m:?}");
+    }
+}
+
+#[test]
+fn a_far_larger_score_late_moves_the_reference_and_nothing_is_lost() {
+    for cpu in Cpu::available() {
+        for dim in [64, 128] {
+            let mut case = Case::causal(5, 330, dim, 0, u32::MAX);
+            // Scores around 0, then around 60 from key 200 on, then one key at about -90, far below.
+            for (j, k) in case.k.chunks_mut(dim).enumerate() {
+                k[0] = match j {
+                    0..200 => 0.0,
+                    280 => -90.0,
+                    _ => 60.0,
+                };
+            }
+            case.q.chunks_mut(dim).for_each(|q| q[0] = 1.0);
+            let (m, l, acc) = case.run(cpu, KvDtype::Bf16, 0..5, 3);
+            let mut out = vec![f32::NAN; 5 * dim];
+            let state = StateRef {
+                m: &m,
+                l: &l,
+                acc: &acc,
+            };
+            finish(&state, &mut out);
+            for r in 0..5 {
+                for (got, want) in out[r * dim..].iter().zip(case.reference(KvDtype::Bf16, r)) {
+                    assert!(
+                        (f64::from(*got) - want).abs() < 4e-3,
+                        "{}: {got} {want}",
+                        cpu.path()
+                    );
+                }
+            }
+        }
     }
 }
