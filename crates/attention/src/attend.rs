@@ -94,8 +94,8 @@ impl Workers {
 
 /// What one task computes: states of `rows * group` query rows of one KV head.
 enum Work<'a> {
-    /// A group of the sharing tree inside one partition.
-    Group(&'a Group),
+    /// Some rows of a group of the sharing tree, inside one partition.
+    Group(&'a Group, std::ops::Range<usize>),
     /// Tokens `[from, to)` of the sequence, over all its keys.
     Block { seq: usize, from: usize, to: usize },
 }
@@ -186,24 +186,19 @@ pub fn attend(
     acc.resize(total * dim, f32::NAN);
     let mut split = Splitter::new(StateMut { m, l, acc }, dim);
     let mut tasks = Vec::new();
-    let mut groups = sharing.groups.as_slice();
-    for partition in 0..partitions {
-        let end = groups
-            .iter()
-            .position(|g| g.partition != partition)
-            .unwrap_or(groups.len());
+    let pieces = sharing.pieces(team.threads(), heads, group);
+    for pieces in pieces.chunk_by(|a, b| a.0.partition == b.0.partition) {
         for head in 0..heads {
-            let base = (partition * heads + head) * tree_rows;
-            for g in &groups[..end] {
-                let state = split.take(base + g.rows.start * group..base + g.rows.end * group);
+            let base = (pieces[0].0.partition * heads + head) * tree_rows;
+            for (g, rows) in pieces {
+                let state = split.take(base + rows.start * group..base + rows.end * group);
                 tasks.push(Mutex::new(Some(Task {
                     head,
-                    work: Work::Group(g),
+                    work: Work::Group(g, rows.clone()),
                     state,
                 })));
             }
         }
-        groups = &groups[end..];
     }
     let tree_tasks = tasks.len();
     for &(seq, from, to, start) in &blocks {
@@ -234,7 +229,7 @@ pub fn attend(
         if let Some(mut task) = lock(&tasks[i]).take() {
             let mut worker = workers.take();
             match task.work {
-                Work::Group(g) => ctx.group(g, task.head, &mut task.state, &mut worker),
+                Work::Group(g, rows) => ctx.group(g, rows, task.head, &mut task.state, &mut worker),
                 Work::Block { seq, from, to } => {
                     ctx.block(seq, from..to, task.head, &mut task.state, &mut worker)
                 }
@@ -405,14 +400,26 @@ impl Ctx<'_> {
         (refs, keys as u32)
     }
 
-    fn group(&self, g: &Group, head: usize, state: &mut StateMut<'_>, worker: &mut Worker) {
+    /// Folds the nodes of a group for the tree rows `rows`, which are among its rows.
+    fn group(
+        &self,
+        g: &Group,
+        rows: std::ops::Range<usize>,
+        head: usize,
+        state: &mut StateMut<'_>,
+        worker: &mut Worker,
+    ) {
         let (group, dim) = (self.geometry.group(), self.geometry.dim);
-        let rows = &self.sharing.tree[g.rows.clone()];
-        self.gather(rows.iter().map(|r| (r.batch_row, r.pos)), head, worker);
+        let tree = &self.sharing.tree[rows.clone()];
+        self.gather(tree.iter().map(|r| (r.batch_row, r.pos)), head, worker);
         kernel::reset(state);
         for node in &g.nodes {
-            let from = (node.rows.start - g.rows.start) * group;
-            let to = (node.rows.end - g.rows.start) * group;
+            let from = node.rows.start.max(rows.start).min(rows.end);
+            let to = node.rows.end.min(rows.end).max(from);
+            if from == to {
+                continue;
+            }
+            let (from, to) = ((from - rows.start) * group, (to - rows.start) * group);
             let first = (node.pages.start * PAGE_ROWS) as u32;
             let (pages, keys) = self.pages(node.owner, head, node.pages.clone());
             kernel::attend(

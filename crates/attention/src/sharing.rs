@@ -17,6 +17,9 @@ const PARTITION_PAGES: usize = PARTITION / PAGE_ROWS;
 /// From this many rows on a sequence is attended in blocks of its own rows, walking all its keys; below it joins the tree.
 pub(crate) const OWN_BLOCKS_FROM: usize = 16;
 
+/// Fewest query rows of a piece of a group: three tiles cost more than reading their pages.
+const LEAST_PIECE: usize = 48;
+
 /// The rows of one sequence in a batch.
 #[derive(Clone, Copy)]
 pub struct SeqRows<'a> {
@@ -41,6 +44,14 @@ impl SeqRows<'_> {
     fn pages(&self) -> usize {
         self.keys().div_ceil(PAGE_ROWS)
     }
+
+    fn tree_rows(&self) -> impl Iterator<Item = TreeRow> + use<> {
+        let (first, pos0) = (self.first, self.pos0);
+        (0..self.rows).map(move |r| TreeRow {
+            batch_row: first + r,
+            pos: pos0 + r as u32,
+        })
+    }
 }
 
 /// Pages `pages` of the sequence `owner`, read by the tree rows `rows`.
@@ -58,6 +69,13 @@ pub(crate) struct Group {
     pub(crate) partition: usize,
     pub(crate) rows: Range<usize>,
     pub(crate) nodes: Vec<Node>,
+}
+
+impl Group {
+    /// Pages times rows that read them: the work of one head.
+    fn work(&self) -> usize {
+        self.nodes.iter().map(|n| n.rows.len() * n.pages.len()).sum()
+    }
 }
 
 /// A row of the tree: its row in the batch and its position.
@@ -91,10 +109,7 @@ impl Sharing {
         let mut starts = Vec::with_capacity(short.len() + 1);
         for &i in &short {
             starts.push(tree.len());
-            tree.extend((0..seqs[i].rows).map(|r| TreeRow {
-                batch_row: seqs[i].first + r,
-                pos: seqs[i].pos0 + r as u32,
-            }));
+            tree.extend(seqs[i].tree_rows());
         }
         starts.push(tree.len());
 
@@ -114,6 +129,66 @@ impl Sharing {
             }
         }
         Self { tree, groups, own }
+    }
+
+    /// The rows of each group in pieces, so that `threads` threads find enough to do when `heads` heads share out the groups.
+    ///
+    /// A piece keeps at least [`LEAST_PIECE`] query rows, `fold` of them a row: each piece reads the pages again.
+    pub(crate) fn pieces(&self, threads: usize, heads: usize, fold: usize) -> Vec<(&Group, Range<usize>)> {
+        let total = heads * self.groups.iter().map(Group::work).sum::<usize>();
+        let share = (total / (4 * threads)).max(1);
+        let mut out = Vec::with_capacity(self.groups.len());
+        for g in &self.groups {
+            let most = (g.rows.len() * fold / LEAST_PIECE).max(1);
+            let pieces = if threads == 1 {
+                1
+            } else {
+                g.work().div_ceil(share).clamp(1, most)
+            };
+            let step = g.rows.len().div_ceil(pieces);
+            out.extend(
+                g.rows
+                    .clone()
+                    .step_by(step)
+                    .map(|from| (g, from..g.rows.end.min(from + step))),
+            );
+        }
+        out
+    }
+
+    /// The same work sequence by sequence, as if no page were shared: what sharing is measured against. The results are the same bits.
+    pub fn apart(seqs: &[SeqRows<'_>]) -> Self {
+        let together = Self::of(seqs);
+        let mut alone = Self {
+            own: together.own,
+            ..Self::default()
+        };
+        let mut groups = Vec::new();
+        for (i, s) in seqs
+            .iter()
+            .enumerate()
+            .filter(|(_, s)| (1..OWN_BLOCKS_FROM).contains(&s.rows))
+        {
+            let start = alone.tree.len();
+            alone.tree.extend(s.tree_rows());
+            for from in (0..s.pages()).step_by(PARTITION_PAGES) {
+                let rows = start..alone.tree.len();
+                let node = Node {
+                    owner: i,
+                    rows: rows.clone(),
+                    pages: from..s.pages().min(from + PARTITION_PAGES),
+                };
+                groups.push(Group {
+                    partition: from / PARTITION_PAGES,
+                    rows,
+                    nodes: vec![node],
+                });
+            }
+        }
+        // By partition, and within one by row.
+        groups.sort_by_key(|g| (g.partition, g.rows.start));
+        alone.groups = groups;
+        alone
     }
 
     /// `(pages read, pages read if nothing were shared)` for the rows in the tree, one layer and head.
