@@ -9,6 +9,7 @@ pub mod heads;
 // papers: first
 pub mod act;
 pub mod entropy_abf;
+pub mod hydragen;
 pub mod jrt;
 pub mod kv_baselines;
 pub mod retrieval_heads;
