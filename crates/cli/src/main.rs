@@ -42,6 +42,8 @@ enum Command {
     Tokenize(commands::tokenize::Args),
     /// Text of token ids
     Detokenize(commands::tokenize::DetokenizeArgs),
+    /// Look into, check or empty a folder of cached prefixes
+    Cache(commands::cache::Args),
     /// List, pull, show and remove models
     Models(commands::models::Args),
     /// The methods that `--method` takes, with their knobs
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Logits(args) => commands::logits::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),
+        Command::Cache(args) => commands::cache::run(&args),
         Command::Models(args) => commands::models::run(args),
         Command::Methods(args) => commands::methods::run(&args),
         Command::Explain(args) => commands::explain::run(&args),

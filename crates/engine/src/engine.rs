@@ -168,7 +168,7 @@ impl Seq {
             tokens,
             cached: None,
             loaded: 0,
-            looked_below: job.no_cache || job.prompt_logprobs,
+            looked_below: job.no_cache || job.recompute(),
             sampler: Sampler::new(job.sampling.clone()),
             decoder: StreamDecoder::new(),
             stop: StopMatcher::new(job.stop.clone()),
@@ -346,11 +346,18 @@ impl Engine {
         self.cache.unpin(tokens, salt)
     }
 
-    /// What else is to be done when no request is there: blocks go to the tiers, old ones are forgotten. Whether there is more
-    /// that can be done at once.
-    pub fn tend_cache(&mut self) -> bool {
+    /// What else is to be done when no request is there: blocks go to the tiers, old ones are forgotten. Returns after how long
+    /// there may be more to do.
+    pub fn tend_cache(&mut self) -> Duration {
         self.cache.work(&mut self.pool);
-        self.cache.has_work()
+        self.cache.next_work()
+    }
+
+    /// The same, and closes the tiers: what they hold can be opened by another process.
+    pub fn close_cache(&mut self, patience: Duration) -> bool {
+        let stored = self.store_cache(patience);
+        self.cache.close();
+        stored
     }
 
     /// Stores in the tiers whatever is cached, and waits for it at most for `patience`; `false` if that was not enough, or a tier
@@ -626,7 +633,7 @@ impl Engine {
         for seq in self.waiting.iter_mut().filter(|s| !s.looked_below) {
             let asking = Asking {
                 id: seq.id,
-                tokens: &seq.tokens[..seq.tokens.len() - 1],
+                tokens: &seq.tokens[..seq.course.cacheable(seq.tokens.len() - 1)],
                 salt: seq.job.salt,
                 keep: seq.job.keep,
             };
@@ -709,7 +716,7 @@ impl Engine {
         // What a policy decided is decided again, at the same places.
         seq.course.restart();
         seq.prompt_logprobs.clear();
-        seq.looked_below = seq.job.no_cache || seq.job.prompt_logprobs;
+        seq.looked_below = seq.job.no_cache || seq.job.recompute();
         self.preempted += 1;
         self.waiting.push(seq);
     }

@@ -135,7 +135,7 @@ pub(crate) fn usage_json(u: antefix_engine::Usage) -> Value {
         "prompt_tokens": u.prompt_tokens,
         "completion_tokens": u.completion_tokens,
         "total_tokens": u.prompt_tokens + u.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": u.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": u.cached_tokens, "disk_tokens": u.loaded_tokens},
     })
 }
 

@@ -10,9 +10,14 @@ mod error;
 mod messages;
 mod meters;
 mod methods;
+mod pins;
+#[cfg(feature = "remote-cache")]
+mod remote;
+mod retention;
 mod routes;
 mod state;
 mod stream;
+mod tiers;
 mod tools;
 mod wish;
 mod worker;
@@ -33,6 +38,7 @@ use tokio::net::TcpListener;
 
 pub use auth::{KeyConfig, KeyError};
 pub use methods::Offer;
+pub use tiers::{CacheConfig, DiskConfig, RemoteConfig};
 pub use worker::Limits;
 
 /// What `system_fingerprint` says.
@@ -59,6 +65,8 @@ pub struct Config {
     pub body_timeout: Duration,
     /// How long running requests may go on after the server was told to end.
     pub drain: Duration,
+    /// What is cached, and where.
+    pub cache: CacheConfig,
 }
 
 /// Why a server could not start or went down.
@@ -68,6 +76,12 @@ pub enum ServerError {
     /// An API key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The model cannot be told from others, so nothing can be cached for it on disk.
+    #[error(transparent)]
+    Identity(#[from] antefix_engine::IdentityError),
+    /// The cache on another machine: there is no such store, or this build cannot talk to one.
+    #[error("{0}")]
+    Remote(String),
     /// No thread, or the socket failed.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -92,9 +106,13 @@ impl Server {
     ) -> Result<Self, ServerError> {
         let tenants = auth::Tenants::new(&config.keys)?;
         let meters = Arc::new(meters::Meters::new());
+        let cache = tiers::open(&config.cache, model)?;
         let make = {
             let (model, tokenizer, options) = (Arc::clone(model), Arc::clone(tokenizer), config.engine);
-            move || Engine::new(Arc::clone(&model), Arc::clone(&tokenizer), options)
+            move || {
+                let engine = Engine::new(Arc::clone(&model), Arc::clone(&tokenizer), options);
+                engine.with_cache(cache.clone())
+            }
         };
         let worker = worker::Worker::start(make, config.limits, Arc::clone(&meters))?;
         let app = Arc::new(state::App {
@@ -123,6 +141,25 @@ impl Server {
             self.config.body_bytes,
             self.config.body_timeout,
         )
+    }
+
+    /// Runs `look` on the engine between two steps; nothing if the engine's thread is gone.
+    pub async fn inspect<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut Engine) -> T + Send + 'static,
+    ) -> Option<T> {
+        self.app.worker.inspect(look).await
+    }
+
+    /// Takes no more requests, stores what is cached and gives the cache folder free. [`Server::serve`] ends with it.
+    pub async fn close(&self) {
+        self.app.worker.close();
+        let stored = self
+            .inspect(|engine| engine.close_cache(tiers::STORE_PATIENCE))
+            .await;
+        if stored == Some(false) {
+            tracing::warn!("not everything that was cached could be stored");
+        }
     }
 
     /// Serves `listener` until `stop` resolves, then lets running requests end for at most [`Config::drain`].
@@ -158,6 +195,7 @@ impl Server {
             done = serving => done?,
             () = deadline => {}
         }
+        self.close().await;
         Ok(())
     }
 }

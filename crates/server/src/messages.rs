@@ -1,9 +1,10 @@
 //! `/v1/messages`: Anthropic's API.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use antefix_constrain::Grammar;
-use antefix_engine::{Done, Usage};
+use antefix_engine::{Done, Keep, Usage};
 use antefix_models::template::Message;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -14,6 +15,7 @@ use crate::auth::Tenant;
 use crate::chat::{self, Content};
 use crate::error::ApiError;
 use crate::methods::Asked;
+use crate::retention::cache_control;
 use crate::state::App;
 use crate::stream;
 use crate::tools::{self, Call, Piece, Splitter, ToolChoice};
@@ -68,12 +70,22 @@ struct Prepared {
     tools: Option<Vec<Value>>,
     /// Messages up to and with the last mark.
     marked: Option<usize>,
+    /// The longest life that a mark asks for.
+    ttl: Option<Duration>,
     /// What a call that has to be made must follow.
     forced: Option<Grammar>,
 }
 
-fn is_marked(block: &Value) -> bool {
-    block.get("cache_control").is_some_and(|c| !c.is_null())
+/// How long a block is to be kept, if it is marked.
+fn mark(block: &Value) -> Result<Option<Duration>, ApiError> {
+    block.get("cache_control").map_or(Ok(None), cache_control)
+}
+
+/// The longest of the marks on `blocks`.
+fn marks(blocks: &[Value]) -> Result<Option<Duration>, ApiError> {
+    blocks
+        .iter()
+        .try_fold(None, |longest, block| Ok(longest.max(mark(block)?)))
 }
 
 fn text_of(block: &Value) -> Result<&str, ApiError> {
@@ -104,8 +116,8 @@ fn text_in(content: &Value) -> Result<String, ApiError> {
     }
 }
 
-/// One message may hold several of the template's: results of tools stand alone.
-fn open_message(message: AnthropicMessage, out: &mut Vec<Message>) -> Result<bool, ApiError> {
+/// One message may hold several of the template's: results of tools stand alone. Returns how long its blocks are to be kept.
+fn open_message(message: AnthropicMessage, out: &mut Vec<Message>) -> Result<Option<Duration>, ApiError> {
     if !matches!(message.role.as_str(), "user" | "assistant") {
         return Err(ApiError::param(
             "messages",
@@ -115,7 +127,7 @@ fn open_message(message: AnthropicMessage, out: &mut Vec<Message>) -> Result<boo
     let blocks = match message.content {
         Content::Text(text) => {
             out.push(Message::new(&message.role, text));
-            return Ok(false);
+            return Ok(None);
         }
         Content::Parts(blocks) => blocks,
     };
@@ -146,7 +158,7 @@ fn open_message(message: AnthropicMessage, out: &mut Vec<Message>) -> Result<boo
         }
         out.push(whole);
     }
-    Ok(blocks.iter().any(is_marked))
+    marks(&blocks)
 }
 
 fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>), ApiError> {
@@ -154,32 +166,37 @@ fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>
     WITHOUT_EFFECT.iter().for_each(|name| drop(extra.remove(*name)));
     let ignored = unknown(&extra, strict)?;
     let mut messages = Vec::new();
-    let mut marked = None;
+    let (mut marked, mut ttl) = (None, None);
     match request.system {
         None => {}
         Some(Content::Text(text)) => messages.push(Message::new("system", text)),
         Some(Content::Parts(blocks)) => {
             let text: Result<String, _> = blocks.iter().map(text_of).collect();
             messages.push(Message::new("system", text?));
-            if blocks.iter().any(is_marked) {
-                marked = Some(1);
-            }
+            ttl = marks(&blocks)?;
+            marked = ttl.map(|_| 1);
         }
     }
     if request.messages.is_empty() {
         return Err(ApiError::param("messages", "`messages` is empty"));
     }
     for message in request.messages {
-        if open_message(message, &mut messages)? {
+        let life = open_message(message, &mut messages)?;
+        if life.is_some() {
             marked = Some(messages.len());
         }
+        ttl = ttl.max(life);
     }
     let choice = ToolChoice::read_anthropic(request.tool_choice.as_ref())?;
     let wants = choice != ToolChoice::None;
-    let tools = request.tools.filter(|t| wants && !t.is_empty()).map(|tools| {
-        if marked.is_none() && tools.iter().any(|t| t.cache_control.is_some()) {
-            marked = Some(0);
+    for tool in request.tools.iter().flatten().filter(|_| wants) {
+        let life = tool.cache_control.as_ref().map_or(Ok(None), cache_control)?;
+        if life.is_some() {
+            marked.get_or_insert(0);
         }
+        ttl = ttl.max(life);
+    }
+    let tools = request.tools.filter(|t| wants && !t.is_empty()).map(|tools| {
         let open = |t: Tool| {
             json!({"type": "function", "function": {
                 "name": t.name, "description": t.description, "parameters": t.input_schema,
@@ -194,6 +211,7 @@ fn prepare(request: CountRequest, strict: bool) -> Result<(Prepared, Vec<String>
             messages,
             tools,
             marked,
+            ttl,
             forced,
         },
         ignored,
@@ -259,7 +277,7 @@ pub(crate) async fn answer(
     request: MessagesRequest,
 ) -> Result<Response, ApiError> {
     let streams = request.stream.unwrap_or(false);
-    let knobs = Knobs {
+    let mut knobs = Knobs {
         model: request.model,
         temperature: request.temperature,
         top_k: request.top_k,
@@ -276,6 +294,11 @@ pub(crate) async fn answer(
     let tokens = app.tokenizer().encode_prompt(&text);
     let marked = marked_tokens(&app, &prepared, &tokens)?;
     let prompt_tokens = tokens.len();
+    knobs.keep = prepared.ttl.map(|ttl| Keep {
+        ttl: Some(ttl),
+        marked,
+        ram_only: true,
+    });
     let running = knobs
         .start(
             &app,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use antefix_engine::{Done, Load, Usage};
+use antefix_engine::{CacheStats, Done, Load, Usage};
 use antefix_kv::Stats;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -70,6 +70,7 @@ pub(crate) struct Loads {
     kv_bytes_capacity: i64,
     prompt_tokens_total: u64,
     cached_tokens_total: u64,
+    loaded_tokens_total: u64,
     completion_tokens_total: u64,
     preempted_total: u64,
     steps: Vec<StepSample>,
@@ -87,6 +88,13 @@ pub(crate) struct Meters {
     kv_share: Gauge<f64, AtomicU64>,
     prompt_tokens: Counter,
     cached_tokens: Counter,
+    loaded_tokens: Counter,
+    disk_bytes: Gauge,
+    disk_blocks: Gauge,
+    disk_bad: Gauge,
+    disk_writing: Gauge,
+    disk_queue: Gauge,
+    pinned: Gauge,
     completion_tokens: Counter,
     finished: Counter,
     cancelled: Counter,
@@ -114,6 +122,13 @@ impl Meters {
             kv_share: Gauge::default(),
             prompt_tokens: Counter::default(),
             cached_tokens: Counter::default(),
+            loaded_tokens: Counter::default(),
+            disk_bytes: Gauge::default(),
+            disk_blocks: Gauge::default(),
+            disk_bad: Gauge::default(),
+            disk_writing: Gauge::default(),
+            disk_queue: Gauge::default(),
+            pinned: Gauge::default(),
             completion_tokens: Counter::default(),
             finished: Counter::default(),
             cancelled: Counter::default(),
@@ -166,6 +181,34 @@ impl Meters {
             m.failed_steps.clone(),
         );
         r.register("antefix_step_seconds", "Time of a step", m.step_s.clone());
+        r.register(
+            "antefix_cache_loaded_tokens",
+            "Prompt tokens read from the tiers below the memory",
+            m.loaded_tokens.clone(),
+        );
+        let tiers = [
+            ("antefix_cache_tier_bytes", "Bytes in the tiers", &m.disk_bytes),
+            (
+                "antefix_cache_tier_blocks",
+                "Blocks of this model in the tiers",
+                &m.disk_blocks,
+            ),
+            ("antefix_cache_tier_bad", "Damaged blocks met", &m.disk_bad),
+            (
+                "antefix_cache_tier_writing",
+                "Tiers that still take blocks",
+                &m.disk_writing,
+            ),
+            (
+                "antefix_cache_queue_bytes",
+                "Bytes that wait to be stored",
+                &m.disk_queue,
+            ),
+            ("antefix_cache_pinned_blocks", "Pinned blocks", &m.pinned),
+        ];
+        for (name, help, gauge) in tiers {
+            r.register(name, help, gauge.clone());
+        }
         // vLLM's names, so that its dashboards work.
         r.register(
             "vllm:num_requests_running",
@@ -270,6 +313,7 @@ impl Meters {
         }
         self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
         self.cached_tokens.inc_by(usage.cached_tokens as u64);
+        self.loaded_tokens.inc_by(usage.loaded_tokens as u64);
         self.completion_tokens.inc_by(usage.completion_tokens as u64);
     }
 
@@ -282,6 +326,17 @@ impl Meters {
             .set(pool.bytes_used as f64 / pool.capacity.max(1) as f64);
         let seen = self.preempted.get();
         self.preempted.inc_by(load.preempted.saturating_sub(seen));
+    }
+
+    pub(crate) fn cache(&self, stats: &CacheStats) {
+        self.pinned.set(stats.pinned as i64);
+        let Some(below) = &stats.below else { return };
+        let sum = |of: fn(&antefix_kv::tiers::TierStats) -> i64| below.tiers.iter().map(of).sum::<i64>();
+        self.disk_bytes.set(sum(|t| t.bytes.unwrap_or(0) as i64));
+        self.disk_blocks.set(sum(|t| t.blocks.unwrap_or(0) as i64));
+        self.disk_bad.set(sum(|t| t.bad as i64));
+        self.disk_writing.set(sum(|t| i64::from(t.off.is_none())));
+        self.disk_queue.set(below.queued_bytes as i64);
     }
 
     /// Text in the OpenMetrics format.
@@ -300,6 +355,7 @@ impl Meters {
             kv_bytes_capacity: self.kv_capacity.get(),
             prompt_tokens_total: self.prompt_tokens.get(),
             cached_tokens_total: self.cached_tokens.get(),
+            loaded_tokens_total: self.loaded_tokens.get(),
             completion_tokens_total: self.completion_tokens.get(),
             preempted_total: self.preempted.get(),
             steps: recent.steps.iter().copied().collect(),

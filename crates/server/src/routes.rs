@@ -25,6 +25,7 @@ use crate::chat::{self, ChatMessage, ChatRequest};
 use crate::completions::{self, CompletionRequest};
 use crate::error::ApiError;
 use crate::messages::{self, CountRequest, MessagesRequest};
+use crate::pins;
 use crate::state::App;
 
 /// A JSON body whose refusal has OpenAI's shape.
@@ -66,7 +67,7 @@ fn culprit<T: DeserializeOwned>(value: &Value) -> Option<String> {
         .map(|(n, _)| (*n).clone())
 }
 
-type Shared = State<Arc<App>>;
+pub(crate) type Shared = State<Arc<App>>;
 
 /// All routes.
 pub(crate) fn router(app: Arc<App>, body_bytes: usize, body_timeout: Duration) -> Router {
@@ -81,6 +82,8 @@ pub(crate) fn router(app: Arc<App>, body_bytes: usize, body_timeout: Duration) -
         .route("/v1/cache/lookup", post(cache_lookup))
         .route("/v1/cache/stats", get(cache_stats))
         .route("/v1/cache/tree", get(cache_tree))
+        .route("/v1/cache/pin", post(pins::pin))
+        .route("/v1/cache/unpin", post(pins::unpin))
         .route("/v1/loads", get(loads))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
@@ -128,7 +131,7 @@ async fn wrong_method(request: Request) -> ApiError {
 }
 
 /// Whoever bears a valid key. As the first argument of a handler it stands before the body is read.
-struct Caller(Arc<Tenant>);
+pub(crate) struct Caller(pub(crate) Arc<Tenant>);
 
 impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = ApiError;
@@ -300,14 +303,26 @@ async fn apply_template(
 }
 
 #[derive(Debug, Deserialize)]
-struct LookupRequest {
+pub(crate) struct LookupRequest {
     #[serde(flatten)]
     what: TokenizeRequest,
     tokens: Option<Vec<u32>>,
     cache_salt: Option<String>,
 }
 
-fn gone() -> ApiError {
+impl LookupRequest {
+    /// Its tokens, and the salt under which the tenant has them cached.
+    pub(crate) fn resolve(self, app: &App, tenant: &Tenant) -> Result<(Vec<u32>, u64), ApiError> {
+        let salt = tenant.salt(self.cache_salt.as_deref());
+        let tokens = match self.tokens {
+            Some(tokens) => tokens,
+            None => tokens_of(app, self.what)?,
+        };
+        Ok((tokens, salt))
+    }
+}
+
+pub(crate) fn gone() -> ApiError {
     ApiError::unavailable("the engine is gone")
 }
 
@@ -317,32 +332,35 @@ async fn cache_lookup(
     Caller(tenant): Caller,
     Body(ask): Body<LookupRequest>,
 ) -> Result<Json<Value>, ApiError> {
-    let salt = tenant.salt(ask.cache_salt.as_deref());
-    let tokens = match ask.tokens {
-        Some(tokens) => tokens,
-        None => tokens_of(&app, ask.what)?,
-    };
+    let (tokens, salt) = ask.resolve(&app, &tenant)?;
     let count = tokens.len();
-    let cached = app
+    let found = app
         .worker
-        .inspect(move |engine| engine.cached(&tokens[..tokens.len().saturating_sub(1)], salt))
+        .inspect(move |engine| engine.whereabouts(&tokens[..tokens.len().saturating_sub(1)], salt))
         .await
         .ok_or_else(gone)?;
-    Ok(Json(
-        json!({"tokens": count, "cached_tokens": cached, "block_tokens": PAGE_ROWS}),
-    ))
+    Ok(Json(json!({
+        "tokens": count,
+        "cached_tokens": found.ram + found.below,
+        "tiers": {"ram": found.ram, "disk": found.below},
+        "block_tokens": PAGE_ROWS,
+    })))
 }
 
 async fn cache_stats(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
     let look = |engine: &mut antefix_engine::Engine| {
         let pool = engine.pool();
-        (pool.stats(), engine.radix().blocks(), pool.shape().block_bytes())
+        (pool.stats(), engine.cache_stats(), pool.shape().block_bytes())
     };
-    let (pool, blocks, block_bytes) = app.worker.inspect(look).await.ok_or_else(gone)?;
+    let (pool, cache, block_bytes) = app.worker.inspect(look).await.ok_or_else(gone)?;
     Ok(Json(json!({
         "block_tokens": PAGE_ROWS,
-        "blocks": blocks,
+        "blocks": cache.blocks,
         "block_bytes": block_bytes,
+        "pinned_blocks": cache.pinned,
+        "prompts_loading": cache.loading,
+        "blocks_to_store": cache.to_store,
+        "below": cache.below.as_ref().map(|below| pins::below_json(below, &cache.loaded)),
         "bytes_used": pool.bytes_used,
         "bytes_allocated": pool.bytes_allocated,
         "bytes_capacity": pool.capacity,
@@ -393,6 +411,7 @@ async fn cache_tree(
             "text": app.tokenizer().decode(start),
             "requests": requests,
             "tier": "ram",
+            "pinned_blocks": run.pinned,
             "idle_s": run.idle.as_secs_f64(),
         }));
         paths.insert(run.id, path);

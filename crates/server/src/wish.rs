@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use antefix_constrain::Grammar;
-use antefix_engine::{Done, MethodReport, PromptLogprob, RawJob, RawSampling, Usage};
+use antefix_engine::{Done, Keep, MethodReport, PromptLogprob, RawJob, RawSampling, Usage};
 use antefix_models::documents::WithDocuments;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use crate::auth::{Tenant, Turn};
 use crate::error::ApiError;
 use crate::methods::{Asked, Offer};
+use crate::retention;
 use crate::state::App;
 use crate::worker::{Drawn, Generation, Happened};
 
@@ -64,6 +65,11 @@ pub(crate) struct Knobs {
     pub(crate) stream: Option<bool>,
     pub(crate) stream_options: Option<StreamOptions>,
     pub(crate) cache_salt: Option<String>,
+    pub(crate) prompt_cache_key: Option<String>,
+    pub(crate) prompt_cache_retention: Option<String>,
+    /// What marks of Anthropic's ask for.
+    #[serde(skip)]
+    pub(crate) keep: Option<Keep>,
     pub(crate) priority: Option<i32>,
     /// How attention is computed, see `/v1/methods`: `NAME,knob=value,...`.
     pub(crate) method: Option<String>,
@@ -78,14 +84,12 @@ pub(crate) struct Knobs {
 }
 
 /// Fields that change nothing here: accepted without a word.
-const WITHOUT_EFFECT: [&str; 8] = [
+const WITHOUT_EFFECT: [&str; 6] = [
     "user",
     "metadata",
     "store",
     "service_tier",
     "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
     "parallel_tool_calls",
 ];
 
@@ -246,6 +250,13 @@ impl Knobs {
             .sum();
         let program = asked.program(&app.offer, &app.facts)?;
         let sampling = self.sampling()?;
+        let keep = match self.keep {
+            Some(keep) => keep,
+            None => retention::openai(
+                self.prompt_cache_retention.as_deref(),
+                self.prompt_cache_key.as_deref(),
+            )?,
+        };
         let turn = tenant.enter(tokens)?;
         let constraint = match grammar {
             Some(grammar) => Some(app.constrain(grammar).await?),
@@ -266,6 +277,7 @@ impl Knobs {
                     stop: stop.clone(),
                     ignore_eos: self.ignore_eos.unwrap_or(false),
                     salt: tenant.salt(self.cache_salt.as_deref()),
+                    keep,
                     tenant: tenant.number,
                     priority: self.priority.unwrap_or(0),
                     want_logprobs: reports.logprobs,

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use antefix_engine::{Done, Engine, Event, Job, JobError, MethodReport, PromptLogprob, RawJob, SeqId, Usage};
 use antefix_models::tokenizer::Tokenizer;
@@ -118,6 +118,8 @@ impl Worker {
             closing: Arc::clone(&closing),
             clients: HashMap::new(),
             recent_step_s: 0.05,
+            cache_published: Instant::now(),
+            tiers_off: Vec::new(),
         };
         std::thread::Builder::new()
             .name("engine".into())
@@ -183,16 +185,19 @@ struct Loop {
     closing: Arc<AtomicBool>,
     clients: HashMap<SeqId, Client>,
     recent_step_s: f64,
+    cache_published: Instant,
+    /// Tiers that take nothing any more, as was told in the log.
+    tiers_off: Vec<String>,
 }
 
 impl Loop {
     fn run(&mut self) {
         let mut events = Vec::new();
         loop {
-            // Idle: sleep until somebody wants something. All senders gone: the server is gone.
+            // Idle: wait until somebody wants something. All senders gone: the server is gone.
             if self.engine.is_idle() {
                 self.publish();
-                match self.inbox.recv() {
+                match self.rest() {
                     Ok(command) => self.obey(command),
                     Err(mpsc::RecvError) => return,
                 }
@@ -202,6 +207,24 @@ impl Loop {
             }
             self.drop_the_vanished(&mut events);
             self.step(&mut events);
+        }
+    }
+
+    /// Waits for a command; meanwhile the cache is looked after.
+    fn rest(&mut self) -> Result<Command, mpsc::RecvError> {
+        loop {
+            let tended = catch_unwind(AssertUnwindSafe(|| self.engine.tend_cache()));
+            let pause = tended.unwrap_or_else(|_| {
+                tracing::error!("the cache panicked: what was in memory is lost");
+                self.engine = (self.make)();
+                Duration::from_secs(1)
+            });
+            match self.inbox.recv_timeout(pause) {
+                Ok(command) => return Ok(command),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(mpsc::RecvError),
+            }
+            self.publish_cache();
         }
     }
 
@@ -383,7 +406,29 @@ impl Loop {
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         self.meters.load(self.engine.load(), self.engine.pool().stats());
+        self.publish_cache();
+    }
+
+    /// Once a second; a tier that takes nothing any more is told of once.
+    fn publish_cache(&mut self) {
+        if self.cache_published.elapsed() < Duration::from_secs(1) {
+            return;
+        }
+        self.cache_published = Instant::now();
+        let stats = self.engine.cache_stats();
+        self.meters.cache(&stats);
+        for tier in stats.below.iter().flat_map(|b| &b.tiers) {
+            let known = self.tiers_off.contains(&tier.name);
+            match &tier.off {
+                Some(why) if !known => {
+                    tracing::error!(tier = tier.name, why, "blocks are not stored any more");
+                    self.tiers_off.push(tier.name.clone());
+                }
+                None if known => self.tiers_off.retain(|name| *name != tier.name),
+                _ => {}
+            }
+        }
     }
 }

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use antefix_models::testing::Rng;
+use antefix_server::DiskConfig;
 use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
@@ -77,73 +78,106 @@ async fn answer(app: &Router, ask: &Value) -> Value {
     }
 }
 
+/// What a server has counted; it is asked before it goes.
+#[derive(Default)]
+struct Counted {
+    cached: u64,
+    loaded: u64,
+    preempted: u64,
+}
+
+impl Counted {
+    async fn add(&mut self, app: &Router) {
+        let get = |path: &str| Request::get(path).body(Body::empty()).unwrap();
+        let (_, loads) = call(app, get("/v1/loads")).await;
+        let (_, stats) = call(app, get("/v1/cache/stats")).await;
+        let number = |of: &Value, name: &str| of[name].as_u64().unwrap();
+        self.cached += number(&loads, "cached_tokens_total");
+        self.loaded += number(&loads, "loaded_tokens_total");
+        self.preempted += number(&loads, "preempted_total");
+        assert_eq!(
+            number(&stats, "bytes_used"),
+            number(&stats, "blocks") * number(&stats, "block_bytes"),
+            "nobody but the cache holds pages"
+        );
+    }
+}
+
 #[tokio::test]
-async fn a_busy_server_answers_as_a_cold_one() {
+async fn a_busy_server_answers_as_a_cold_one_also_behind_a_disk_and_restarts() {
     let requests: usize = std::env::var("ANTEFIX_REQUESTS")
         .ok()
         .and_then(|n| n.parse().ok())
         .unwrap_or(150);
-    let busy = server_with(|c| {
-        // Room for a few requests: they wait, lose their memory to each other, and prefixes are evicted.
-        c.engine.kv_bytes = 3 << 18;
-        c.engine.context = 512;
-        c.limits.queue = 40;
-    })
-    .app();
-    let mut traffic = Traffic::new(7);
-    let (mut sent, mut left) = (Vec::new(), 0);
-    let mut running = tokio::task::JoinSet::new();
-    for i in 0..requests {
-        let (ask, stays) = traffic.next();
-        let app = busy.clone();
-        if stays {
-            sent.push(ask.clone());
-            let at = sent.len() - 1;
-            running.spawn(async move { Some((at, answer(&app, &ask).await)) });
-        } else {
-            left += 1;
-            running.spawn(async move {
-                let gone = Duration::from_millis(2);
-                let _ = tokio::time::timeout(gone, call(&app, post("/v1/completions", &ask))).await;
-                None
+    let dir = tempfile::TempDir::new().unwrap();
+    let start = || {
+        server_with(|c| {
+            // Room for a few requests: they wait, lose their memory to each other, and prefixes are evicted.
+            c.engine.kv_bytes = 3 << 18;
+            c.engine.context = 512;
+            c.limits.queue = 40;
+            c.cache.disk = Some(DiskConfig {
+                dir: dir.path().to_owned(),
+                bytes: 256 << 20,
+                ttl: None,
             });
-        }
-        if i % 16 == 15 {
-            tokio::time::sleep(Duration::from_millis(8)).await;
-        }
-    }
+        })
+    };
+    let mut traffic = Traffic::new(7);
+    let mut counted = Counted::default();
+    let (mut sent, mut left) = (Vec::new(), 0);
     let mut answers: HashMap<usize, Value> = HashMap::new();
-    while let Some(done) = running.join_next().await {
-        answers.extend(done.unwrap());
+    const LIVES: usize = 3;
+    for _ in 0..LIVES {
+        let server = start();
+        let busy = server.app();
+        let mut running = tokio::task::JoinSet::new();
+        for i in 0..requests.div_ceil(LIVES) {
+            let (ask, stays) = traffic.next();
+            let app = busy.clone();
+            if stays {
+                sent.push(ask.clone());
+                let at = sent.len() - 1;
+                running.spawn(async move { Some((at, answer(&app, &ask).await)) });
+            } else {
+                left += 1;
+                running.spawn(async move {
+                    let gone = Duration::from_millis(2);
+                    let _ = tokio::time::timeout(gone, call(&app, post("/v1/completions", &ask))).await;
+                    None
+                });
+            }
+            if i % 16 == 15 {
+                tokio::time::sleep(Duration::from_millis(8)).await;
+            }
+        }
+        while let Some(done) = running.join_next().await {
+            answers.extend(done.unwrap());
+        }
+        counted.add(&busy).await;
+        server.close().await;
     }
     assert_eq!(answers.len(), sent.len());
+    let cold = server_with(|c| c.engine.context = 512).app();
     let mut tokens = 0;
     for (at, ask) in sent.iter().enumerate() {
         let mut alone = ask.clone();
         // A salt of its own: nothing is cached for it.
         alone["cache_salt"] = json!(format!("cold {at}"));
-        let cold = answer(&busy, &alone).await;
-        assert_eq!(answers[&at], cold, "request {at}: {ask}");
+        let want = answer(&cold, &alone).await;
+        assert_eq!(answers[&at], want, "request {at}: {ask}");
         let drawn = |c: &Value| c["logprobs"]["tokens"].as_array().map_or(0, Vec::len);
-        tokens += cold.as_array().unwrap().iter().map(drawn).sum::<usize>();
+        tokens += want.as_array().unwrap().iter().map(drawn).sum::<usize>();
     }
-    let get = |path: &str| Request::get(path).body(Body::empty()).unwrap();
-    let (_, stats) = call(&busy, get("/v1/cache/stats")).await;
-    let (_, loads) = call(&busy, get("/v1/loads")).await;
-    let number = |of: &Value, name: &str| of[name].as_u64().unwrap();
-    let (cached, preempted) = (
-        number(&loads, "cached_tokens_total"),
-        number(&loads, "preempted_total"),
-    );
     // Who loses its memory depends on the clock here; the conformance suite makes sure that it happens.
-    assert!(cached > 0, "nothing was shared");
-    assert_eq!(
-        number(&stats, "bytes_used"),
-        number(&stats, "blocks") * number(&stats, "block_bytes"),
-        "nobody but the cache holds pages"
-    );
+    assert!(counted.cached > 0, "nothing was shared");
+    assert!(counted.loaded > 0, "nothing came from the disk");
     eprintln!(
-        "{requests} requests ({left} clients left), {tokens} tokens and log-probabilities compared, {cached} prompt tokens cached, \
-         {preempted} sequences preempted: 0 differences"
+        "{} requests and {left} whose clients left, {LIVES} lives of the server, {tokens} tokens and log-probabilities compared, \
+         {} prompt tokens cached, {} of them from disk, {} sequences preempted: 0 differences",
+        sent.len(),
+        counted.cached,
+        counted.loaded,
+        counted.preempted
     );
 }

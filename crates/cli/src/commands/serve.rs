@@ -8,7 +8,7 @@ use std::time::Duration;
 use antefix_attention::method::RawMethods;
 use antefix_engine::{Beside, Budget, Options};
 use antefix_kv::Pool;
-use antefix_server::{Config, KeyConfig, Limits, Offer, Server};
+use antefix_server::{CacheConfig, Config, DiskConfig, KeyConfig, Limits, Offer, RemoteConfig, Server};
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +44,18 @@ pub(crate) struct Args {
     /// MiB of keys and values, cached prefixes included; default: half of the free memory
     #[arg(long)]
     kv_mib: Option<usize>,
+    /// Folder for cached prefixes: they survive a restart, and what does not fit into memory any more
+    #[arg(long, env = "ANTEFIX_CACHE_DIR")]
+    cache_dir: Option<PathBuf>,
+    /// MiB that the folder may take
+    #[arg(long, env = "ANTEFIX_CACHE_DISK_MIB")]
+    cache_disk_mib: Option<u64>,
+    /// MiB of memory that cached prefixes may hold; default: whatever running requests leave of --kv-mib
+    #[arg(long)]
+    cache_mib: Option<usize>,
+    /// Seconds after which an unused prefix is forgotten; default: when its memory is needed
+    #[arg(long)]
+    cache_ttl_s: Option<u64>,
     /// Requests that may wait; more get 429
     #[arg(long)]
     queue: Option<usize>,
@@ -84,6 +96,11 @@ struct Settings {
     names: Vec<String>,
     ctx: Option<usize>,
     kv_mib: Option<usize>,
+    cache_dir: Option<PathBuf>,
+    cache_disk_mib: u64,
+    cache_disk_ttl_h: u64,
+    cache_mib: Option<usize>,
+    cache_ttl_s: Option<u64>,
     queue: usize,
     max_inter_token_factor: f64,
     prompt_rows: Option<usize>,
@@ -95,6 +112,7 @@ struct Settings {
     threads: Option<usize>,
     /// `[methods]`: what holds for requests that say nothing about an axis.
     methods: RawMethods,
+    cache_remote: Option<RemoteConfig>,
     #[serde(skip_serializing)]
     keys: Vec<KeyConfig>,
 }
@@ -108,6 +126,12 @@ impl Default for Settings {
             names: Vec::new(),
             ctx: None,
             kv_mib: None,
+            cache_dir: None,
+            cache_disk_mib: 4096,
+            cache_disk_ttl_h: 24,
+            cache_mib: None,
+            cache_ttl_s: None,
+            cache_remote: None,
             queue: 256,
             max_inter_token_factor: 3.0,
             prompt_rows: None,
@@ -146,6 +170,10 @@ impl Settings {
         put(&mut s.drain_s, args.drain_s.as_ref());
         s.ctx = args.ctx.or(s.ctx);
         s.kv_mib = args.kv_mib.or(s.kv_mib);
+        s.cache_dir = args.cache_dir.clone().or(s.cache_dir);
+        put(&mut s.cache_disk_mib, args.cache_disk_mib.as_ref());
+        s.cache_mib = args.cache_mib.or(s.cache_mib);
+        s.cache_ttl_s = args.cache_ttl_s.or(s.cache_ttl_s);
         s.threads = args.threads.or(s.threads);
         s.chat_template = args.chat_template.clone().or(s.chat_template);
         s.strict |= args.strict;
@@ -269,6 +297,17 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         body_bytes: settings.body_mib << 20,
         body_timeout: Duration::from_secs(settings.body_timeout_s),
         drain: Duration::from_secs(settings.drain_s),
+        cache: CacheConfig {
+            bytes: settings.cache_mib.map(|mib| mib << 20),
+            ttl: settings.cache_ttl_s.map(Duration::from_secs),
+            remote: settings.cache_remote,
+            disk: settings.cache_dir.map(|dir| DiskConfig {
+                dir,
+                bytes: settings.cache_disk_mib << 20,
+                ttl: (settings.cache_disk_ttl_h > 0)
+                    .then(|| Duration::from_hours(settings.cache_disk_ttl_h.min(1_000_000))),
+            }),
+        },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

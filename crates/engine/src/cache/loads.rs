@@ -14,8 +14,8 @@ use crate::schedule::SeqId;
 /// Prompts that are read at the same time; the others wait their turn.
 const LOADS: usize = 4;
 
-/// Blocks that are asked for at a time: so many of them wait in memory at most.
-const BATCH: usize = 16;
+/// Bytes of blocks that are asked for at a time, if that is 1 to 16 blocks: so many wait in memory at most.
+const BATCH_BYTES: usize = 8 << 20;
 
 /// Bytes that are copied into the pool a step.
 const LOAD_BYTES: usize = 32 << 20;
@@ -50,8 +50,9 @@ impl Load {
     }
 
     /// The next blocks to ask for.
-    fn batch(&self) -> Vec<BlockName> {
-        self.wanted.iter().take(BATCH).cloned().collect()
+    fn batch(&self, pool: &Pool) -> Vec<BlockName> {
+        let most = (BATCH_BYTES / pool.shape().block_bytes()).clamp(1, 16);
+        self.wanted.iter().take(most).cloned().collect()
     }
 }
 
@@ -111,7 +112,7 @@ impl Cache {
             progress: Instant::now(),
             over: false,
         };
-        load.inbox = tiers.fetch(load.batch());
+        load.inbox = tiers.fetch(load.batch(pool));
         self.loads.push(load);
         true
     }
@@ -171,7 +172,7 @@ impl Cache {
                         }
                     }
                     Ok(Fetched::End { complete: true }) if !load.wanted.is_empty() => match self.tiers() {
-                        Some(tiers) => load.inbox = tiers.fetch(load.batch()),
+                        Some(tiers) => load.inbox = tiers.fetch(load.batch(pool)),
                         None => load.over = true,
                     },
                     Ok(Fetched::End { .. }) | Err(TryRecvError::Disconnected) => load.over = true,

@@ -181,10 +181,14 @@ impl Cache {
         }
     }
 
-    /// Whether [`Cache::work`] would have something to do that does not wait for anybody else.
-    pub(crate) fn has_work(&self) -> bool {
-        let block = 1; // any: an empty line takes a block of any size
-        self.radix.unoffered() > 0 && self.tiers().is_some_and(|t| t.has_room(block))
+    /// After how long [`Cache::work`] may have something to do.
+    pub(crate) fn next_work(&self) -> Duration {
+        match (self.radix.unoffered(), self.tiers()) {
+            (0, _) | (_, None) => EXPIRE_EVERY,
+            // Any size: an empty line takes every block.
+            (_, Some(tiers)) if tiers.has_room(1) => Duration::ZERO,
+            (_, Some(_)) => Duration::from_millis(10),
+        }
     }
 
     /// Hands fresh blocks to the tiers, at least one and about `bytes` bytes, as far as the line takes them.
@@ -225,6 +229,12 @@ impl Cache {
         flushed
             .recv_timeout(until.saturating_duration_since(Instant::now()))
             .unwrap_or(false)
+    }
+
+    pub(crate) fn close(&mut self) {
+        if let Some(tiers) = self.tiers() {
+            tiers.close();
+        }
     }
 
     /// Pins what is cached of `tokens`; all requests together leave room for one of `context` tokens.

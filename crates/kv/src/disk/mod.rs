@@ -57,6 +57,12 @@ pub enum DiskError {
         /// The folder.
         dir: PathBuf,
     },
+    /// It was opened to be looked at.
+    #[error("{}: opened for reading only", .dir.display())]
+    Inspected {
+        /// The folder.
+        dir: PathBuf,
+    },
     /// A write failed, and no more are tried: the disk is full, the folder is read-only or gone.
     #[error("{}: nothing is written to the cache any more: {source}\nhint: make room or mend the folder, then clear the cache or restart", .dir.display())]
     Off {
@@ -154,9 +160,47 @@ impl DiskTier {
             Ok(lock) => (Some(lock), None),
             Err(error) => (None, Some(error)),
         };
+        Self::scan(dir, identity.fingerprint(), limits, lock, off).map_err(folder)
+    }
+
+    /// Opens a folder to look at what is there, of whatever model; changes nothing, so a server may be using it.
+    ///
+    /// # Errors
+    /// When `dir` cannot be listed.
+    pub fn inspect(dir: &Path) -> Result<DiskTier, DiskError> {
+        let off = DiskError::Inspected { dir: dir.to_owned() };
+        let everything = Limits::new(u64::MAX);
+        Self::scan(dir, Fingerprint::default(), everything, None, Some(off)).map_err(|source| {
+            DiskError::Folder {
+                dir: dir.to_owned(),
+                source: Arc::new(source),
+            }
+        })
+    }
+
+    /// Deletes everything in a folder, of whatever model, and returns how many bytes that were.
+    ///
+    /// # Errors
+    /// When a server is using it, or a file cannot be deleted.
+    pub fn wipe(dir: &Path) -> Result<u64, DiskError> {
+        let mut tier = Self::inspect(dir)?;
+        tier.lock = Some(lock(dir)?);
+        tier.off = None;
+        let bytes = tier.bytes();
+        tier.clear()?;
+        Ok(bytes)
+    }
+
+    fn scan(
+        dir: &Path,
+        fingerprint: Fingerprint,
+        limits: Limits,
+        lock: Option<File>,
+        off: Option<DiskError>,
+    ) -> io::Result<DiskTier> {
         let mut tier = DiskTier {
             dir: dir.to_owned(),
-            fingerprint: identity.fingerprint(),
+            fingerprint,
             limits,
             index: Directory::new(limits.ttl),
             segments: BTreeMap::new(),
@@ -167,7 +211,7 @@ impl DiskTier {
             clock: 0,
             counters: Counters::default(),
         };
-        tier.find_segments().map_err(folder)?;
+        tier.find_segments()?;
         if tier.off.is_none() {
             tier.drop_expired();
             // Nothing but a failing deletion can be wrong here, and that is remembered in `off`.

@@ -4,6 +4,7 @@
 //! and lost connections are misses. [`Tiers`] never makes its caller wait.
 
 mod disk;
+pub mod object;
 mod thread;
 
 use crate::disk::Directory;

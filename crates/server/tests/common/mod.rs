@@ -11,7 +11,7 @@ use antefix_engine::{Budget, Options};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
 use antefix_models::template::ChatTemplate;
-use antefix_server::{Config, Limits, Offer, Server};
+use antefix_server::{CacheConfig, Config, Limits, Offer, Server};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
@@ -41,6 +41,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
         body_bytes: 1 << 20,
         body_timeout: Duration::from_secs(5),
         drain: Duration::from_secs(5),
+        cache: CacheConfig::default(),
     };
     change(&mut config);
     Server::start(&model, &tokenizer, Some(template), config).unwrap()
