@@ -39,6 +39,9 @@ pub enum EngineError {
     /// The KV cache could not serve an admitted sequence: our mistake.
     #[error(transparent)]
     Kv(#[from] KvError),
+    /// Methods that score no texts.
+    #[error(transparent)]
+    Method(#[from] crate::session::NotForTexts),
     /// What a cache policy decided cannot be done.
     #[error(transparent)]
     Edit(#[from] EditError),

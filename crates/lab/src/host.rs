@@ -6,8 +6,12 @@ use std::time::Instant;
 use antefix_attention::method::{
     Answer, Ask, Facts, Host, HostError, Method, Profiles, Program, RawMethods, Rig, Told, Trust,
 };
-use antefix_engine::{BoxedConstraint, Constraint, ConstraintFailed, Done, Engine, Event, RawJob};
-use antefix_models::tokenizer::Specials;
+use antefix_engine::{
+    BoxedConstraint, Budget, Constraint, ConstraintFailed, Done, Engine, Event, Options, RawJob,
+};
+use antefix_kv::Pool;
+use antefix_models::decoder::Model;
+use antefix_models::tokenizer::{Specials, Tokenizer};
 
 /// One engine, one request at a time.
 pub struct EngineHost {
@@ -27,6 +31,24 @@ impl EngineHost {
             methods,
             profiles,
         }
+    }
+
+    /// A host on an engine of its own with room for one request of `context` tokens, whatever its methods need.
+    pub fn with_room(
+        model: &Arc<Model>,
+        tokenizer: &Arc<Tokenizer>,
+        context: usize,
+        (methods, profiles): (&'static [&'static dyn Method], Profiles),
+    ) -> Self {
+        let sizes = Pool::new(model.kv_shape(), 0);
+        let options = Options {
+            // A cache policy writes what stays before the rest is freed.
+            kv_bytes: sizes.bytes_for(context + 64) * 2 + sizes.shape().block_bytes(),
+            context,
+            budget: Budget::default(),
+        };
+        let engine = Engine::new(Arc::clone(model), Arc::clone(tokenizer), options);
+        Self::new(engine, methods, profiles)
     }
 
     /// The engine.
@@ -163,5 +185,51 @@ impl Constraint for Script {
 
     fn fork(&self) -> Box<dyn Constraint> {
         Box::new(self.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use antefix_attention::method::Prompt;
+    use antefix_conformance::tiny;
+    use antefix_kernels::cpu::Cpu;
+    use antefix_models::spec::Arch;
+
+    fn host() -> EngineHost {
+        let (model, tokenizer) = tiny(Arch::Llama, Cpu::best(), 1);
+        EngineHost::with_room(&model, &tokenizer, 400, (&[], Profiles::default()))
+    }
+
+    #[test]
+    fn a_given_answer_gets_the_logits_that_a_greedy_one_had() {
+        let mut host = host();
+        let mut ask = Ask {
+            prompt: Prompt::plain((5..60).collect()),
+            answer: Answer::Greedy(9),
+            logits: true,
+            ..Ask::default()
+        };
+        let greedy = host.ask(&ask).unwrap();
+        assert!(!greedy.tokens.is_empty() && greedy.logits.len() == greedy.tokens.len());
+        assert_eq!((greedy.prompt_tokens, greedy.kept), (55, 1.0));
+        ask.answer = Answer::Given(greedy.tokens.clone());
+        let given = host.ask(&ask).unwrap();
+        assert_eq!((given.tokens, given.logits), (greedy.tokens, greedy.logits));
+        assert!(given.cached_tokens > 0);
+        ask.fresh = true;
+        assert_eq!(host.ask(&ask).unwrap().cached_tokens, 0);
+    }
+
+    #[test]
+    fn what_cannot_be_asked_is_said_in_words() {
+        let mut host = host();
+        assert!(
+            host.install(&["nothing"])
+                .unwrap_err()
+                .0
+                .contains("no method `nothing`")
+        );
+        assert!(host.ask(&Ask::default()).unwrap_err().0.contains("empty"));
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod bench;
+pub mod bench_method;
 pub mod eval;
 pub mod heads;
 pub mod host;

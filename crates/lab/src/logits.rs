@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use antefix_attention::hooks::Observer;
+use antefix_attention::method::Program;
 use antefix_engine::{EngineError, Session, argmax, log_softmax_at};
 use antefix_models::decoder::Model;
 use serde::Serialize;
@@ -35,21 +36,27 @@ pub struct Best {
 /// # Errors
 /// When the model fails.
 pub fn last(model: &Arc<Model>, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
-    last_observed(model, tokens, None)
+    last_under(model, tokens, None, None)
 }
 
-/// The same with hooks.
+/// The same under methods, and with hooks, which take the place of those that the methods have.
 ///
 /// # Errors
-/// When the model fails.
-pub fn last_observed(
+/// When the model fails, or the methods work on prompts and answers only.
+pub fn last_under(
     model: &Arc<Model>,
     tokens: &[u32],
+    program: Option<&Program>,
     hooks: Option<Arc<Observer>>,
 ) -> Result<Vec<f32>, EngineError> {
     let mut logits = Vec::new();
     let mut session = Session::new(Arc::clone(model), tokens.len(), 512);
-    session.observe(hooks);
+    if let Some(program) = program {
+        session.run_under(program, tokens.len())?;
+    }
+    if hooks.is_some() {
+        session.observe(hooks);
+    }
     session.feed(tokens, 1, &mut logits)?;
     Ok(logits)
 }

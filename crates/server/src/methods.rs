@@ -36,6 +36,8 @@ struct Document {
 pub(crate) struct Asked {
     methods: RawMethods,
     pub(crate) documents: Vec<String>,
+    /// The cache policy decides behind the documents, before it sees the question.
+    pub(crate) question_after_cut: bool,
 }
 
 impl Asked {
@@ -56,12 +58,16 @@ impl Asked {
                 asked.documents = documents.into_iter().map(|d| d.text).collect();
                 continue;
             }
+            if name == "question_after_cut" {
+                asked.question_after_cut = bool::deserialize(value).map_err(wrong)?;
+                continue;
+            }
             let axis = Axis::named(name).ok_or_else(|| {
                 let names: Vec<&str> = Axis::ALL.iter().map(|a| a.name()).collect();
                 ApiError::param(
                     "antefix",
                     format!(
-                        "there is no `antefix.{name}`\nhint: {}, documents",
+                        "there is no `antefix.{name}`\nhint: {}, documents, question_after_cut",
                         names.join(", ")
                     ),
                 )

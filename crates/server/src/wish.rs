@@ -248,6 +248,7 @@ impl Knobs {
             .iter()
             .map(|p| p.tokens.len() + room(p.tokens.len()) * count)
             .sum();
+        let question_after_cut = asked.question_after_cut;
         let program = asked.program(&app.offer, &app.facts)?;
         let sampling = self.sampling()?;
         let keep = match self.keep {
@@ -269,6 +270,7 @@ impl Knobs {
                     tokens: prompt.tokens.clone(),
                     documents: prompt.documents.clone(),
                     program: program.clone(),
+                    question_after_cut,
                     max_tokens,
                     sampling: RawSampling {
                         seed: sampling.seed.wrapping_add(i as u64),

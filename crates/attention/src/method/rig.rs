@@ -27,6 +27,16 @@ pub enum RigError {
         /// What both do.
         what: String,
     },
+    /// Two methods whose parts mean nothing together.
+    #[error("`{first}` and `{second}` do not go together: {why}\nhint: choose one of them")]
+    Apart {
+        /// One.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+        /// Why not.
+        why: String,
+    },
     /// The method does not fit the model.
     #[error("`{method}` cannot run on `{model}`: {why}")]
     Model {
@@ -178,7 +188,24 @@ impl<'m> Rig<'m> {
             rig.installing = c.card().name;
             c.method.install(&c.knobs, &mut rig)?;
         }
+        rig.check()?;
         Ok(rig.finish(&chosen))
+    }
+
+    /// Refuses parts on different seams that mean nothing together.
+    fn check(&self) -> Result<(), RigError> {
+        let reader = self.hooks.iter().find(|h| h.part.sees_all());
+        if let (Some(reader), Some(policy)) = (reader, &self.policy) {
+            return Err(RigError::Apart {
+                first: policy.owner,
+                second: reader.owner,
+                why: format!(
+                    "`{}` must see every row of the sequence, and `{}` takes rows away",
+                    reader.owner, policy.owner
+                ),
+            });
+        }
+        Ok(())
     }
 
     fn finish(self, chosen: &[Chosen]) -> Program {

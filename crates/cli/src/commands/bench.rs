@@ -1,13 +1,20 @@
 //! `antefix bench`: speed, as text or JSON lines. `--serve` and what goes with it is in `load`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use antefix_attention::method::Program;
 use antefix_lab::bench::{self, BenchError, Row, SharedRow};
+use antefix_lab::{bench_method, host::EngineHost};
+use antefix_models::decoder::Model;
+use antefix_models::tokenizer::Tokenizer;
+use antefix_papers::ALL;
 use anyhow::anyhow;
 
 use super::load::{self, LoadArgs};
 use super::{json_line, line};
 use crate::failure::Failure;
+use crate::method::{MethodArgs, profiles};
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
@@ -31,6 +38,8 @@ pub(crate) struct Args {
     /// Measure many sequences behind one prompt of these lengths instead
     #[arg(long, value_delimiter = ',')]
     shared_prefix: Vec<usize>,
+    #[command(flatten)]
+    method: MethodArgs,
     /// How many sequences
     #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
     batch: Vec<usize>,
@@ -72,6 +81,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         }
         return Ok(());
     }
+    if let Some(program) = args.method.program(&model)? {
+        return methods(args, &model, &tokenizer, &program);
+    }
     for &depth in &args.depth {
         for &n in args.prompt.iter().filter(|&&n| n > 0) {
             print(
@@ -86,6 +98,39 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
                 args.json,
                 before.as_deref(),
             )?;
+        }
+    }
+    Ok(())
+}
+
+/// A method beside dense attention: every prompt length with every number of decoded tokens.
+fn methods(
+    args: &Args,
+    model: &Arc<Model>,
+    tokenizer: &Arc<Tokenizer>,
+    program: &Arc<Program>,
+) -> Result<(), Failure> {
+    for &n in args.prompt.iter().filter(|&&n| n > 1) {
+        for &steps in args.decode.iter().filter(|&&n| n > 1) {
+            let tokens = bench::tokens(model, n + steps, 1);
+            // Methods may write a prompt several times.
+            let mut host = EngineHost::with_room(model, tokenizer, n * 4 + steps, (ALL, profiles()?));
+            let (prompt, answer) = tokens.split_at(n);
+            let row = bench_method::method(&mut host, program, prompt, answer, args.repeats);
+            let row = row.map_err(Failure::input)?;
+            if args.json {
+                json_line(&row)?;
+                continue;
+            }
+            line(format_args!(
+                "{}\n  prompt {n}, {steps} tokens: first token {:.3} s (dense {:.3}), then {:.1} tok/s (dense {:.1}), {:.1} % kept",
+                row.method,
+                row.ttft_s,
+                row.dense_ttft_s,
+                row.decode_tok_s,
+                row.dense_decode_tok_s,
+                row.kept * 100.0
+            ))?;
         }
     }
     Ok(())

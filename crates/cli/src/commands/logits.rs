@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use antefix_engine::EngineError;
 use antefix_lab::logits;
 use antefix_models::tokenizer::Specials;
 use anyhow::anyhow;
@@ -10,6 +11,7 @@ use serde_json::json;
 use super::{json_line, line};
 use crate::failure::Failure;
 use crate::hooks::HookArgs;
+use crate::method::MethodArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
@@ -36,10 +38,12 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 20)]
     top: usize,
     /// The most likely token after every position instead
-    #[arg(long, conflicts_with = "hooks")]
+    #[arg(long, conflicts_with_all = ["hooks", "methods"])]
     all: bool,
     #[command(flatten)]
     hooks: HookArgs,
+    #[command(flatten)]
+    method: MethodArgs,
     /// JSON
     #[arg(long)]
     json: bool,
@@ -67,11 +71,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             "token {bad} is not in the vocabulary of {vocab}"
         )));
     }
-    if tokens.len() > model.spec().context {
+    let program = args.method.program(&model)?;
+    let trained = model.spec().context;
+    let context = program.as_ref().map_or(trained, |p| p.context(trained));
+    if tokens.len() > context {
         return Err(Failure::Input(anyhow!(
-            "{} tokens do not fit the context of {}",
-            tokens.len(),
-            model.spec().context
+            "{} tokens do not fit the context of {context}",
+            tokens.len()
         )));
     }
     if args.all {
@@ -89,7 +95,16 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return Ok(());
     }
     let observer = args.hooks.observer(&model, tokens.len())?;
-    let all = logits::last_observed(&model, &tokens, observer.clone()).map_err(Failure::other)?;
+    if observer.is_some() && program.as_ref().is_some_and(|p| p.has_hooks()) {
+        return Err(Failure::Input(anyhow!(
+            "the method has hooks itself\nhint: leave `--hooks` or `--method` out"
+        )));
+    }
+    let all = logits::last_under(&model, &tokens, program.as_deref(), observer.clone());
+    let all = all.map_err(|e| match e {
+        EngineError::Method(_) => Failure::input(e),
+        _ => Failure::other(e),
+    })?;
     args.hooks.write(observer.as_deref())?;
     let top = logits::top(&all, args.top);
     if args.json {
