@@ -1,7 +1,7 @@
 //! Row-wise operations: norms, RoPE, activations. The order of additions is fixed and the same on every path.
 //!
-//! Each body is written once, in lanes, and compiled twice: for the baseline and for AVX2 + FMA. `mul_add` is one rounding on
-//! both, so the bits are the same; only the speed differs.
+//! Each body is written once, in lanes, and compiled for the baseline, for AVX2 + FMA and, where arithmetic is most of it, for
+//! AVX-512. `mul_add` is one rounding on all of them, so the bits are the same; only the speed differs.
 
 use std::sync::OnceLock;
 
@@ -39,6 +39,18 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Runs a function of `fast` where this machine has AVX2 and FMA, else the body.
+macro_rules! best {
+    ($fast:ident, $body:ident, $($arg:expr),*) => {{
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: just looked.
+            return unsafe { fast::$fast($($arg),*) };
+        }
+        $body($($arg),*)
+    }};
+}
+
 /// `out = x / rms(x) * w`, with `rms(x) = sqrt(mean(x^2) + eps)`. All `[d]`.
 ///
 /// # Panics
@@ -48,6 +60,11 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
         x.len() == w.len() && x.len() == out.len(),
         "a norm keeps its width"
     );
+    best!(rms_norm, rms_norm_body, x, w, eps, out);
+}
+
+#[inline(always)]
+fn rms_norm_body(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
     let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
     for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
         *o = x * scale * w;
@@ -60,6 +77,11 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
 /// When `row` is not a whole number of heads.
 pub fn rms_norm_in_place(row: &mut [f32], w: &[f32], eps: f32) {
     assert_eq!(row.len() % w.len(), 0, "whole heads");
+    best!(norm_heads, norm_heads_body, row, w, eps);
+}
+
+#[inline(always)]
+fn norm_heads_body(row: &mut [f32], w: &[f32], eps: f32) {
     for head in row.chunks_exact_mut(w.len()) {
         let scale = 1.0 / (sum_of_squares(head) / w.len() as f32 + eps).sqrt();
         for (x, w) in head.iter_mut().zip(w) {
@@ -74,6 +96,11 @@ pub fn rms_norm_in_place(row: &mut [f32], w: &[f32], eps: f32) {
 /// When the lengths differ.
 pub fn add(x: &mut [f32], y: &[f32]) {
     assert_eq!(x.len(), y.len(), "sums are element by element");
+    best!(add, add_body, x, y);
+}
+
+#[inline(always)]
+fn add_body(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
     }
@@ -142,12 +169,37 @@ fn gelu_tanh_mul_body(gate: &mut [f32], up: &[f32]) {
 #[cfg(target_arch = "x86_64")]
 mod fast {
     #[target_feature(enable = "avx2,fma")]
+    pub(super) fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+        super::rms_norm_body(x, w, eps, out);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn norm_heads(row: &mut [f32], w: &[f32], eps: f32) {
+        super::norm_heads_body(row, w, eps);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn add(x: &mut [f32], y: &[f32]) {
+        super::add_body(x, y);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
     pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
         super::silu_mul_body(gate, up);
     }
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+        super::gelu_tanh_mul_body(gate, up);
+    }
+
+    #[target_feature(enable = "avx2,fma,avx512f,avx512dq,avx512vl,avx512bw")]
+    pub(super) fn silu_mul_avx512(gate: &mut [f32], up: &[f32]) {
+        super::silu_mul_body(gate, up);
+    }
+
+    #[target_feature(enable = "avx2,fma,avx512f,avx512dq,avx512vl,avx512bw")]
+    pub(super) fn gelu_tanh_mul_avx512(gate: &mut [f32], up: &[f32]) {
         super::gelu_tanh_mul_body(gate, up);
     }
 }
@@ -159,10 +211,12 @@ mod fast {
 pub fn silu_mul(cpu: Cpu, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "a gate for each value");
     #[cfg(target_arch = "x86_64")]
-    if cpu.path() >= Path::Avx2 {
+    match cpu.path() {
+        // SAFETY: `cpu` proves AVX-512 F, BW, DQ, VL.
+        Path::Avx512 | Path::Amx => return unsafe { fast::silu_mul_avx512(gate, up) },
         // SAFETY: `cpu` proves AVX2 and FMA.
-        unsafe { fast::silu_mul(gate, up) };
-        return;
+        Path::Avx2 => return unsafe { fast::silu_mul(gate, up) },
+        Path::Scalar => {}
     }
     silu_mul_body(gate, up);
 }
@@ -174,10 +228,12 @@ pub fn silu_mul(cpu: Cpu, gate: &mut [f32], up: &[f32]) {
 pub fn gelu_tanh_mul(cpu: Cpu, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "a gate for each value");
     #[cfg(target_arch = "x86_64")]
-    if cpu.path() >= Path::Avx2 {
+    match cpu.path() {
+        // SAFETY: `cpu` proves AVX-512 F, BW, DQ, VL.
+        Path::Avx512 | Path::Amx => return unsafe { fast::gelu_tanh_mul_avx512(gate, up) },
         // SAFETY: `cpu` proves AVX2 and FMA.
-        unsafe { fast::gelu_tanh_mul(gate, up) };
-        return;
+        Path::Avx2 => return unsafe { fast::gelu_tanh_mul(gate, up) },
+        Path::Scalar => {}
     }
     gelu_tanh_mul_body(gate, up);
 }

@@ -33,6 +33,8 @@ struct Shared {
     /// Workers that have not finished the call.
     busy: AtomicUsize,
     stop: AtomicBool,
+    /// Workers asleep or about to be; changed while `call` is locked. Waking nobody costs a system call all the same.
+    asleep: AtomicUsize,
     call: Mutex<Option<Call>>,
     wake: Condvar,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -56,6 +58,7 @@ impl Team {
             next: AtomicUsize::new(0),
             busy: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            asleep: AtomicUsize::new(0),
             call: Mutex::new(None),
             wake: Condvar::new(),
             panic: Mutex::new(None),
@@ -104,7 +107,9 @@ impl Team {
             *slot = Some(call);
             s.epoch.fetch_add(1, Ordering::Release);
         }
-        s.wake.notify_all();
+        if s.asleep.load(Ordering::Relaxed) > 0 {
+            s.wake.notify_all();
+        }
         s.take_tasks(call);
         let mut spins = 0u32;
         while s.busy.load(Ordering::Acquire) > 0 {
@@ -192,9 +197,12 @@ impl Shared {
             }
         }
         let mut slot = self.call.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever moves the epoch holds the lock: it finds us counted, or we find the epoch moved.
+        self.asleep.fetch_add(1, Ordering::Relaxed);
         while self.epoch.load(Ordering::Acquire) == seen {
             slot = self.wake.wait(slot).unwrap_or_else(PoisonError::into_inner);
         }
+        self.asleep.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn take_tasks(&self, call: Call) {
