@@ -1,6 +1,6 @@
-//! Speed of the matrix products: `cargo run --release -p antefix-kernels --example matmul_bench [threads] [format]`.
+//! Speed of the matrix products: `cargo run --release -p antefix-kernels --example matmul_bench [threads] [format] [n] [k] [rows]`.
 //!
-//! Weights are random bytes. Many rows: 10^9 multiply-adds a second. One row: packed bytes a second, cycling through copies that
+//! Weights are random bytes, floats between 1 and 2. Many rows: 10^9 multiply-adds a second. One row: packed bytes a second, cycling through copies that
 //! together exceed the last cache. Best of several runs, because other work may share the machine; with one thread, time is that
 //! thread's CPU time for the same reason.
 #![allow(clippy::print_stdout, clippy::unwrap_used, unsafe_code, missing_docs)]
@@ -40,6 +40,8 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let threads = args.next().map_or(2, |a| a.parse().unwrap());
     let only = args.next();
+    let mut number = |default: usize| args.next().map_or(default, |a| a.parse().unwrap());
+    let (one_n, one_k, rows) = (number(0), number(0), number(512));
     let team = Team::new(threads);
     let cpu = Cpu::from_env().unwrap();
     println!("path {}, {threads} threads", cpu.path());
@@ -59,17 +61,28 @@ fn main() {
         .into_iter()
         .filter(|f| only.as_ref().is_none_or(|o| *o == f.name()))
     {
-        for (n, k) in [(576, 1536), (1536, 576), (896, 4864), (49152, 576)] {
+        let shapes = [(576, 1536), (1536, 576), (896, 4864), (49152, 576)];
+        let shapes = if one_n > 0 {
+            vec![(one_n, one_k)]
+        } else {
+            shapes.to_vec()
+        };
+        for (n, k) in shapes {
             if k % format.block_len() != 0 {
                 continue;
             }
-            let bytes: Vec<u8> = (0..n * format.row_bytes(k).unwrap())
+            let mut bytes: Vec<u8> = (0..n * format.row_bytes(k).unwrap())
                 .map(|i| ((i * 2_654_435_761) >> 7) as u8 & 0x3f)
                 .collect();
+            if format == Format::BF16 {
+                bytes.chunks_exact_mut(2).for_each(|v| {
+                    v[0] |= 0x80;
+                    v[1] = 0x3f;
+                });
+            }
             let pack = || Matrix::pack(cpu, &team, format, &bytes, n, k, Precision::Fast).unwrap();
             let packing = best(threads, 3, || drop(pack()));
             let w = pack();
-            let rows = 512;
             let x: Vec<f32> = (0..rows * k).map(|i| (i as f32 * 0.37).sin()).collect();
             let mut y = vec![0.0; rows * n];
             let mut acts = Acts::new();

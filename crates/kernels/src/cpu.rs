@@ -80,7 +80,11 @@ impl FromStr for Path {
 
 /// Proof that this machine has the features of a [`Path`]; the only way to get one is to look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cpu(Path);
+pub struct Cpu {
+    path: Path,
+    /// The AVX2 path may use AVX-VNNI, which some processors without AVX-512 have.
+    avx_vnni: bool,
+}
 
 impl Cpu {
     /// The best path of this machine, or the one that `ANTEFIX_CPU` names.
@@ -104,12 +108,19 @@ impl Cpu {
 
     /// The best path of this machine, whatever the environment says.
     pub fn best() -> Cpu {
-        Cpu::available().last().copied().unwrap_or(Cpu(Path::Scalar))
+        Cpu::available().last().copied().unwrap_or(Cpu {
+            path: Path::Scalar,
+            avx_vnni: false,
+        })
     }
 
     /// `path`, if this machine has it.
     pub fn with(path: Path) -> Option<Cpu> {
-        path.is_here().then_some(Cpu(path))
+        #[cfg(target_arch = "x86_64")]
+        let avx_vnni = path == Path::Avx2 && is_x86_feature_detected!("avxvnni");
+        #[cfg(not(target_arch = "x86_64"))]
+        let avx_vnni = false;
+        path.is_here().then_some(Cpu { path, avx_vnni })
     }
 
     /// Every path of this machine, slowest first. Never empty.
@@ -119,7 +130,23 @@ impl Cpu {
 
     /// Which path this is.
     pub fn path(self) -> Path {
-        self.0
+        self.path
+    }
+
+    /// Whether this is the AVX2 path on a machine with AVX-VNNI.
+    pub fn avx_vnni(self) -> bool {
+        self.avx_vnni
+    }
+
+    /// [`Cpu::available`], and the AVX2 path without AVX-VNNI where there is one with it.
+    #[cfg(test)]
+    pub(crate) fn variants() -> Vec<Cpu> {
+        let here = Cpu::available();
+        let plain = here.iter().filter(|cpu| cpu.avx_vnni).map(|cpu| Cpu {
+            avx_vnni: false,
+            ..*cpu
+        });
+        plain.chain(here.iter().copied()).collect()
     }
 }
 

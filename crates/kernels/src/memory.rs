@@ -115,13 +115,4 @@ impl<T> Shared<T> {
     pub(crate) fn get(self) -> *mut T {
         self.0
     }
-
-    /// Elements `at .. at + len`.
-    ///
-    /// # Safety
-    /// They exist, and nothing else refers to them while the slice lives.
-    pub(crate) unsafe fn slice<'a>(self, at: usize, len: usize) -> &'a mut [T] {
-        // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
-    }
 }

@@ -1,30 +1,85 @@
 //! Activations: as they are, and quantised to int8 in blocks of 32.
 
+use std::ops::Range;
+
 use super::layout::BLOCK;
+use crate::cpu::{Cpu, Path};
 use crate::memory::Shared;
 use crate::team::Team;
 
+/// Rows of a tile of [`Form::Tiles`].
+pub(crate) const TILE: usize = 16;
+
+/// How the quantised values lie in memory. A *slot* is a block of one row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Form {
+    /// Nothing is quantised yet.
+    #[default]
+    None,
+    /// Slots `[rows][blocks]`.
+    Rows,
+    /// As `Rows`, and the same values as i16 in `q16`.
+    Wide,
+    /// Slots `[tiles][blocks][16 rows]`, rows past the last zero: the tiles of AMX as they are loaded. No sums.
+    Tiles,
+}
+
+impl Form {
+    /// Slots of `rows` rows.
+    fn slots(self, rows: usize, blocks: usize) -> usize {
+        match self {
+            Form::Tiles => rows.next_multiple_of(TILE) * blocks,
+            _ => rows * blocks,
+        }
+    }
+
+    /// The slot of block `b` of row `r`.
+    #[inline(always)]
+    fn slot(self, r: usize, b: usize, blocks: usize) -> usize {
+        match self {
+            Form::Tiles => (r / TILE * blocks + b) * TILE + r % TILE,
+            _ => r * blocks + b,
+        }
+    }
+
+    /// Where the values of the two halves of a block of row `r` are: `[slots][2]`, or `[tiles][blocks][2][16 rows]`.
+    #[inline(always)]
+    fn halves(self, r: usize, b: usize, blocks: usize) -> [usize; 2] {
+        match self {
+            Form::Tiles => {
+                let first = (r / TILE * blocks + b) * 2 * TILE + r % TILE;
+                [first, first + TILE]
+            }
+            _ => [2 * (r * blocks + b), 2 * (r * blocks + b) + 1],
+        }
+    }
+}
+
+/// A line of the cache, so that blocks do not straddle two.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([i8; 64]);
+
 /// Reusable activations `[rows, k]`, the left side of every product.
 ///
-/// Quantised on first use after a [`Acts::load`]: per row and block of 32, `d = amax / 127`, `q = round_half_even(x * (127 /
-/// amax))`. A block with a value that is not finite gets `d = NaN`, so the product shows it; one whose values are all below 1e-36
-/// counts as zeros.
+/// Quantised on first use after the values came or changed: per row and block of 32, `d = amax / 127`,
+/// `q = round_half_even(x * (127 / amax))`. A block with a value that is not finite gets `d = NaN`, so the product shows it; one whose
+/// values are all below 1e-36 counts as zeros.
 #[derive(Debug, Default)]
 pub struct Acts {
     rows: usize,
     k: usize,
     x: Vec<f32>,
-    quantised: bool,
-    widened: bool,
-    /// `[rows, k]`
-    pub(crate) q: Vec<i8>,
-    /// `[rows, k]`, the same values as i16; only for the path that wants them.
+    form: Form,
+    /// 32 of each slot.
+    q: Vec<Line>,
+    /// As `q`, in [`Form::Wide`].
     pub(crate) q16: Vec<i16>,
-    /// `[rows, blocks]`
+    /// One of each slot.
     pub(crate) d: Vec<f32>,
-    /// Sums of `q`: `[rows, blocks]` of 32 and `[rows, blocks, 2]` of 16.
+    /// Sums of `q`: of 32 by slot, and of 16 as [`Form::halves`] says. Not in [`Form::Tiles`].
     pub(crate) sum: [Vec<i32>; 2],
-    /// `d * f32(sum)`, shapes as `sum`.
+    /// `d * f32(sum)`, shapes as `sum`, in every form.
     pub(crate) sx: [Vec<f32>; 2],
 }
 
@@ -39,7 +94,27 @@ impl Acts {
         assert_eq!(x.len(), rows * k, "activations: {rows} x {k} values expected");
         self.x.clear();
         self.x.extend_from_slice(x);
-        (self.rows, self.k, self.quantised, self.widened) = (rows, k, false, false);
+        (self.rows, self.k, self.form) = (rows, k, Form::None);
+    }
+
+    /// Lets `f(row index, row)` write `rows` rows of `k` values, by the team when there are many. Quantises nothing yet.
+    pub fn fill(&mut self, team: &Team, rows: usize, k: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        self.x.resize(rows * k, 0.0);
+        (self.rows, self.k, self.form) = (rows, k, Form::None);
+        team.per_row(&mut self.x, k, f);
+    }
+
+    /// Takes `x: [rows, k]` itself instead of a copy, and leaves the memory of the former values in its place.
+    pub fn swap(&mut self, x: &mut Vec<f32>, rows: usize, k: usize) {
+        assert_eq!(x.len(), rows * k, "activations: {rows} x {k} values expected");
+        std::mem::swap(&mut self.x, x);
+        (self.rows, self.k, self.form) = (rows, k, Form::None);
+    }
+
+    /// The values as loaded, to be changed.
+    pub fn x_mut(&mut self) -> &mut [f32] {
+        self.form = Form::None;
+        &mut self.x
     }
 
     /// Rows loaded.
@@ -62,119 +137,183 @@ impl Acts {
         self.k / BLOCK
     }
 
-    /// Makes the quantised form, and with `wide` also its i16 copy, unless they are there. `k` is a multiple of 32.
-    pub(crate) fn quantise(&mut self, team: &Team, wide: bool) {
-        if self.quantised && (self.widened || !wide) {
+    /// The quantised values, 32 of each slot.
+    pub(crate) fn q(&self) -> &[i8] {
+        // SAFETY: lines are 64 bytes each, without padding.
+        unsafe { std::slice::from_raw_parts(self.q.as_ptr().cast(), 64 * self.q.len()) }
+    }
+
+    /// Makes the quantised form unless it is there. `k` is a multiple of 32.
+    pub(crate) fn quantise(&mut self, cpu: Cpu, team: &Team, form: Form) {
+        if self.form == form || (self.form == Form::Wide && form == Form::Rows) {
             return;
         }
         let (rows, k, blocks) = (self.rows, self.k, self.blocks());
         debug_assert!(k.is_multiple_of(BLOCK));
-        self.q.resize(rows * k, 0);
-        self.d.resize(rows * blocks, 0.0);
-        for (part, (sum, sx)) in self.sum.iter_mut().zip(&mut self.sx).enumerate() {
-            sum.resize(rows * blocks * (part + 1), 0);
-            sx.resize(rows * blocks * (part + 1), 0.0);
-        }
-        if wide {
-            self.q16.resize(rows * k, 0);
-        }
-        let x = &self.x;
-        let (q, q16, d) = (
-            Shared::new(self.q.as_mut_ptr()),
-            Shared::new(self.q16.as_mut_ptr()),
-            Shared::new(self.d.as_mut_ptr()),
-        );
+        let slots = form.slots(rows, blocks);
+        self.q.resize((slots * BLOCK).div_ceil(64), Line([0; 64]));
+        self.q16
+            .resize(if form == Form::Wide { slots * BLOCK } else { 0 }, 0);
+        self.d.resize(slots, 0.0);
         let [sum1, sum2] = &mut self.sum;
         let [sx1, sx2] = &mut self.sx;
-        let (sum1, sum2) = (Shared::new(sum1.as_mut_ptr()), Shared::new(sum2.as_mut_ptr()));
-        let (sx1, sx2) = (Shared::new(sx1.as_mut_ptr()), Shared::new(sx2.as_mut_ptr()));
-        let one_row = |r: usize| {
-            // SAFETY: every slice is row `r` of a vector resized above to `rows` such rows, and each row is written by one task.
+        if form != Form::Tiles {
+            sum1.resize(slots, 0);
+            sum2.resize(2 * slots, 0);
+        }
+        sx1.resize(slots, 0.0);
+        sx2.resize(2 * slots, 0.0);
+        let job = Job {
+            x: &self.x,
+            rows,
+            blocks,
+            form,
+            q: Shared::new(self.q.as_mut_ptr().cast()),
+            q16: Shared::new(self.q16.as_mut_ptr()),
+            d: Shared::new(self.d.as_mut_ptr()),
+            sum: [Shared::new(sum1.as_mut_ptr()), Shared::new(sum2.as_mut_ptr())],
+            sx: [Shared::new(sx1.as_mut_ptr()), Shared::new(sx2.as_mut_ptr())],
+        };
+        if rows * k < 1 << 15 {
+            job.run(cpu, 0..slots / blocks);
+        } else {
+            // Rows in groups of about 16 Ki values, so that a task is worth handing out; whole tiles.
+            let group = (1usize << 14).div_ceil(k).next_multiple_of(TILE);
+            let all = slots / blocks;
+            team.run(all.div_ceil(group), &|t| {
+                job.run(cpu, t * group..all.min((t + 1) * group));
+            });
+        }
+        self.form = form;
+    }
+}
+
+/// Rows to quantise. The vectors behind the pointers have room for all slots of `form`.
+struct Job<'a> {
+    x: &'a [f32],
+    rows: usize,
+    blocks: usize,
+    form: Form,
+    q: Shared<i8>,
+    q16: Shared<i16>,
+    d: Shared<f32>,
+    sum: [Shared<i32>; 2],
+    sx: [Shared<f32>; 2],
+}
+
+impl Job<'_> {
+    /// Quantises rows; those past the last one (in a tile) become zeros. No two calls at a time may have a row in common.
+    fn run(&self, cpu: Cpu, rows: Range<usize>) {
+        match cpu.path() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `cpu` proves AVX-512 F, BW, DQ, VL.
+            Path::Avx512 | Path::Amx => unsafe { fast::avx512(self, rows) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `cpu` proves AVX2.
+            Path::Avx2 => unsafe { fast::avx2(self, rows) },
+            _ => self.body(rows),
+        }
+    }
+
+    #[inline(always)]
+    fn body(&self, rows: Range<usize>) {
+        // Loops, not closures: those would be compiled without the features of the caller.
+        for r in rows {
+            match self.form {
+                Form::Tiles => self.row(r, Form::Tiles),
+                Form::Wide => self.row(r, Form::Wide),
+                _ => self.row(r, Form::Rows),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn row(&self, r: usize, form: Form) {
+        let blocks = self.blocks;
+        let k = blocks * BLOCK;
+        assert!(r * blocks < form.slots(self.rows, blocks));
+        for b in 0..blocks {
+            let (slot, halves) = (form.slot(r, b, blocks), form.halves(r, b, blocks));
+            // SAFETY: the slot and its halves are inside the vectors (`Acts::quantise`), and only this row's.
             unsafe {
-                let q = q.slice(r * k, k);
-                quantise_row(
-                    &x[r * k..(r + 1) * k],
-                    q,
-                    d.slice(r * blocks, blocks),
-                    sum1.slice(r * blocks, blocks),
-                    sum2.slice(2 * r * blocks, 2 * blocks),
-                    sx1.slice(r * blocks, blocks),
-                    sx2.slice(2 * r * blocks, 2 * blocks),
-                );
-                if wide {
-                    for (w, q) in q16.slice(r * k, k).iter_mut().zip(q) {
-                        *w = i16::from(*q);
+                let q: &mut [i8; BLOCK] = &mut *self.q.get().add(slot * BLOCK).cast();
+                let (scale, sums) = match self.x.get(r * k + b * BLOCK..r * k + (b + 1) * BLOCK) {
+                    Some(x) if r < self.rows => quantise_block(x.try_into().expect("a block"), q),
+                    _ => {
+                        *q = [0; BLOCK];
+                        (0.0, [0, 0])
+                    }
+                };
+                if form == Form::Wide {
+                    *self.q16.get().add(slot * BLOCK).cast::<[i16; BLOCK]>() = q.map(i16::from);
+                }
+                self.d.get().add(slot).write(scale);
+                self.sx[0]
+                    .get()
+                    .add(slot)
+                    .write(scale * (sums[0] + sums[1]) as f32);
+                if form != Form::Tiles {
+                    self.sum[0].get().add(slot).write(sums[0] + sums[1]);
+                }
+                for (at, sum) in halves.into_iter().zip(sums) {
+                    self.sx[1].get().add(at).write(scale * sum as f32);
+                    if form != Form::Tiles {
+                        self.sum[1].get().add(at).write(sum);
                     }
                 }
             }
-        };
-        if rows * k < 1 << 15 {
-            (0..rows).for_each(one_row);
-        } else {
-            // Rows in groups of about 16 Ki values, so that a task is worth handing out.
-            let group = (1usize << 14).div_ceil(k);
-            team.run(rows.div_ceil(group), &|t| {
-                (t * group..rows.min((t + 1) * group)).for_each(one_row);
-            });
         }
-        self.quantised = true;
-        self.widened |= wide;
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod fast {
+    use super::{Job, Range};
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn avx2(job: &Job<'_>, rows: Range<usize>) {
+        job.body(rows);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) fn avx512(job: &Job<'_>, rows: Range<usize>) {
+        job.body(rows);
     }
 }
 
 /// 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves that integer in the low bits.
 const ROUND: f32 = 12_582_912.0;
 
-fn quantise_row(
-    x: &[f32],
-    q: &mut [i8],
-    d: &mut [f32],
-    sum1: &mut [i32],
-    sum2: &mut [i32],
-    sx1: &mut [f32],
-    sx2: &mut [f32],
-) {
-    for (b, (x, q)) in x
-        .as_chunks::<BLOCK>()
-        .0
-        .iter()
-        .zip(q.as_chunks_mut::<BLOCK>().0)
-        .enumerate()
-    {
-        // As bit patterns, so that NaN counts as larger than everything.
-        let amax = x.iter().fold(0u32, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
-        let amax = f32::from_bits(amax);
-        let (scale, inverse) = if !amax.is_finite() {
-            (f32::NAN, 0.0)
-        } else if amax < 1e-36 {
-            (0.0, 0.0)
-        } else {
-            (amax / 127.0, 127.0 / amax)
-        };
-        let mut sums = [0i32; 2];
-        if inverse == 0.0 {
-            q.fill(0);
-        } else {
-            for (half, (x, q)) in x
-                .as_chunks::<16>()
-                .0
-                .iter()
-                .zip(q.as_chunks_mut::<16>().0)
-                .enumerate()
-            {
-                let whole =
-                    x.map(|v| ((v * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32));
-                sums[half] = whole.iter().sum();
-                *q = whole.map(|v| v as i8);
-            }
+/// Quantises a block; returns its scale and the sums of its halves.
+#[inline(always)]
+fn quantise_block(x: &[f32; BLOCK], q: &mut [i8; BLOCK]) -> (f32, [i32; 2]) {
+    // As bit patterns, so that NaN counts as larger than everything.
+    let mut most = [0u32; 16];
+    for half in x.as_chunks::<16>().0 {
+        for (m, v) in most.iter_mut().zip(half) {
+            *m = (*m).max(v.to_bits() & 0x7fff_ffff);
         }
-        d[b] = scale;
-        sum1[b] = sums[0] + sums[1];
-        sum2[2 * b..2 * b + 2].copy_from_slice(&sums);
-        sx1[b] = scale * (sums[0] + sums[1]) as f32;
-        sx2[2 * b] = scale * sums[0] as f32;
-        sx2[2 * b + 1] = scale * sums[1] as f32;
     }
+    let amax = f32::from_bits(most.into_iter().fold(0, u32::max));
+    let (scale, inverse) = if !amax.is_finite() {
+        (f32::NAN, 0.0)
+    } else if amax < 1e-36 {
+        (0.0, 0.0)
+    } else {
+        (amax / 127.0, 127.0 / amax)
+    };
+    let mut sums = [0i32; 2];
+    if inverse == 0.0 {
+        *q = [0; BLOCK];
+        return (scale, sums);
+    }
+    let halves = x.as_chunks::<16>().0.iter().zip(q.as_chunks_mut::<16>().0);
+    for ((x, q), sum) in halves.zip(&mut sums) {
+        let whole = x.map(|v| ((v * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32));
+        *sum = whole.iter().sum();
+        *q = whole.map(|v| v as i8);
+    }
+    (scale, sums)
 }
 
 #[cfg(test)]
@@ -188,16 +327,55 @@ mod tests {
         x[..6].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]);
         x[16] = -3.0;
         x[40] = f32::INFINITY;
-        let mut acts = Acts::new();
-        acts.load(&x, 1, 64);
-        acts.quantise(&team, true);
-        assert_eq!(&acts.q[..6], &[127, 0, 2, 2, 0, -2]);
-        assert_eq!(
-            acts.q16[..64].iter().map(|&v| v as i8).collect::<Vec<_>>(),
-            acts.q
-        );
-        assert_eq!((acts.sum[0][0], &acts.sum[1][..2]), (126, &[129, -3][..]));
-        assert_eq!((acts.d[0], acts.sx[0][0]), (1.0, 126.0));
-        assert!(acts.d[1].is_nan() && acts.q[32..].iter().all(|&q| q == 0));
+        for cpu in Cpu::available() {
+            let mut acts = Acts::new();
+            acts.load(&x, 1, 64);
+            acts.quantise(cpu, &team, Form::Wide);
+            assert_eq!(&acts.q()[..6], &[127, 0, 2, 2, 0, -2]);
+            assert_eq!(
+                acts.q16[..64].iter().map(|&v| v as i8).collect::<Vec<_>>(),
+                acts.q()[..64]
+            );
+            assert_eq!((acts.sum[0][0], &acts.sum[1][..2]), (126, &[129, -3][..]));
+            assert_eq!((acts.d[0], acts.sx[0][0]), (1.0, 126.0));
+            assert!(acts.d[1].is_nan() && acts.q()[32..64].iter().all(|&q| q == 0));
+        }
+    }
+
+    #[test]
+    fn tiles_hold_the_values_of_rows_and_zeros_below_them() {
+        let (rows, k) = (19, 96);
+        let (team, blocks) = (Team::new(2), k / BLOCK);
+        let noise = |n: usize| (n as f32 * 0.7).sin() * (1 + n % 5) as f32;
+        let mut want = Acts::new();
+        want.load(&(0..rows * k).map(noise).collect::<Vec<_>>(), rows, k);
+        let mut got = Acts::new();
+        // What an earlier load leaves behind must not show.
+        got.load(&vec![3.0; 40 * k], 40, k);
+        got.quantise(Cpu::best(), &team, Form::Tiles);
+        got.fill(&team, rows, k, &|r, row| {
+            row.iter_mut()
+                .enumerate()
+                .for_each(|(i, v)| *v = noise(r * k + i));
+        });
+        want.quantise(Cpu::best(), &team, Form::Rows);
+        got.quantise(Cpu::best(), &team, Form::Tiles);
+        assert_eq!(want.x(), got.x());
+        for r in 0..32 {
+            for b in 0..blocks {
+                let tile = Form::Tiles.slot(r, b, blocks);
+                let tile_halves = Form::Tiles.halves(r, b, blocks).map(|at| got.sx[1][at]);
+                let q = &got.q()[tile * BLOCK..][..BLOCK];
+                if r < rows {
+                    let slot = Form::Rows.slot(r, b, blocks);
+                    assert_eq!(q, &want.q()[slot * BLOCK..][..BLOCK]);
+                    assert_eq!((got.d[tile], got.sx[0][tile]), (want.d[slot], want.sx[0][slot]));
+                    assert_eq!(tile_halves, [want.sx[1][2 * slot], want.sx[1][2 * slot + 1]]);
+                } else {
+                    assert!(q.iter().all(|&q| q == 0));
+                    assert_eq!((got.d[tile], got.sx[0][tile], tile_halves), (0.0, 0.0, [0.0; 2]));
+                }
+            }
+        }
     }
 }

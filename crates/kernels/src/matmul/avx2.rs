@@ -4,6 +4,8 @@
 //! in an i16 (30,480, 31,496 and 32,004 < 32,767) before one `vpmaddwd` widens them. Signed bytes would not fit: one row takes the
 //! sign into the activation (128 * 127 * 2 = 32,512), many rows are widened to i16 once per panel.
 //!
+//! Where the machine has AVX-VNNI (`VNNI` in the generics), `vpdpbusd` does without pairs in i16, and 8 bits are codes like the others.
+//!
 //! One row streams records from memory and unpacks them in registers. Several rows unpack a stretch of a panel once, then walk it in
 //! tiles of up to 6 rows x 16 columns.
 
@@ -23,20 +25,20 @@ const FLOAT_TILE: usize = 4;
 /// Computes a task.
 ///
 /// # Safety
-/// The CPU has AVX2, FMA and F16C.
+/// The CPU has AVX2, FMA and F16C, and AVX-VNNI for `VNNI`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn run(task: &Task<'_>) {
+pub(crate) unsafe fn run<const VNNI: bool>(task: &Task<'_>) {
     debug_assert!(task.rows.end <= task.acts.rows() && task.rows.len() <= MAX_ROWS);
     if task.rows.len() == 1 {
         for p in task.panels.clone() {
-            with_kind!(task.matrix.kind, K => one_row::<K>(task, p), float_rows::<1>(task, p, task.rows.start));
+            with_kind!(task.matrix.kind, K => one_row::<K, VNNI>(task, p), float_rows::<1>(task, p, task.rows.start));
         }
         return;
     }
     // Accumulators of the task's rows for one panel.
     let mut acc = [[0.0f32; COLS]; MAX_ROWS];
     for p in task.panels.clone() {
-        with_kind!(task.matrix.kind, K => many_rows::<K>(task, p, &mut acc), {
+        with_kind!(task.matrix.kind, K => many_rows::<K, VNNI>(task, p, &mut acc), {
             let mut r = task.rows.start;
             while r < task.rows.end {
                 match task.rows.end - r {
@@ -116,6 +118,43 @@ macro_rules! groups {
     };
 }
 
+/// [`load_codes`] with codes of 8 bits as unsigned bytes too.
+///
+/// # Safety
+/// As [`load_codes`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load_unsigned<K: Fixed, const G: usize>(record: *const u8, side: usize) -> __m256i {
+    // SAFETY: the caller's promise.
+    let codes = unsafe { load_codes::<K, G>(record, side) };
+    if K::RECORD.bits == 8 {
+        _mm256_xor_si256(codes, _mm256_set1_epi8(-128))
+    } else {
+        codes
+    }
+}
+
+/// `sums` plus the products of four neighbouring bytes each: `w` unsigned, `x` signed.
+///
+/// # Safety
+/// The CPU has AVX-VNNI.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot4(mut sums: __m256i, w: __m256i, x: __m256i) -> __m256i {
+    // By hand: a function with the feature would not be inlined into the others of this file.
+    // SAFETY: the caller's promise; only registers.
+    unsafe {
+        std::arch::asm!(
+            "{{vex}} vpdpbusd {0}, {1}, {2}",
+            inout(ymm_reg) sums,
+            in(ymm_reg) w,
+            in(ymm_reg) x,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}
+
 /// 8 f16 as f32.
 ///
 /// # Safety
@@ -136,6 +175,7 @@ fn centre<K: Fixed>(isum: __m256i, sum: __m256i) -> __m256i {
         8 => _mm256_sub_epi32(isum, _mm256_slli_epi32::<3>(sum)),
         16 => _mm256_sub_epi32(isum, _mm256_slli_epi32::<4>(sum)),
         32 => _mm256_sub_epi32(isum, _mm256_slli_epi32::<5>(sum)),
+        128 => _mm256_sub_epi32(isum, _mm256_slli_epi32::<7>(sum)),
         _ => isum,
     }
 }
@@ -143,12 +183,12 @@ fn centre<K: Fixed>(isum: __m256i, sum: __m256i) -> __m256i {
 /// One row of activations against one panel, straight from memory.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn one_row<K: Fixed>(task: &Task<'_>, p: usize) {
+fn one_row<K: Fixed, const VNNI: bool>(task: &Task<'_>, p: usize) {
     let record = const { K::RECORD };
     let (acts, r) = (task.acts, task.rows.start);
     let blocks = acts.blocks();
     let panel = task.matrix.panel(p);
-    let q = acts.q[r * blocks * BLOCK..][..blocks * BLOCK].as_ptr();
+    let q = acts.q()[r * blocks * BLOCK..][..blocks * BLOCK].as_ptr();
     let d = acts.d[r * blocks..][..blocks].as_ptr();
     let parts = record.parts();
     let sum = acts.sum[parts - 1][r * blocks * parts..][..blocks * parts].as_ptr();
@@ -173,6 +213,11 @@ fn one_row<K: Fixed>(task: &Task<'_>, p: usize) {
                     let x = _mm256_set1_epi32(q.add(4 * $g).cast::<i32>().read_unaligned());
                     let part = if record.halves { $g / 4 } else { 0 };
                     for side in 0..2 {
+                        if VNNI {
+                            let w = load_unsigned::<K, $g>(rec, side);
+                            isum[part][side] = dot4(isum[part][side], w, x);
+                            continue;
+                        }
                         let w = load_codes::<K, $g>(rec, side);
                         let pair = if record.bits == 8 {
                             _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
@@ -200,7 +245,7 @@ fn one_row<K: Fixed>(task: &Task<'_>, p: usize) {
                 let sum = _mm256_set1_epi32(*sum.add(b * parts + part));
                 for side in 0..2 {
                     let at = rec.add(record.scale_at(part) + 16 * side);
-                    let isum = if record.bits == 8 {
+                    let isum = if record.bits == 8 && !VNNI {
                         isum[part][side]
                     } else {
                         centre::<K>(isum[part][side], sum)
@@ -249,7 +294,7 @@ fn store(task: &Task<'_>, r: usize, p: usize, acc: [__m256; 2]) {
 /// A stretch of a panel, unpacked.
 #[repr(C, align(64))]
 struct Stretch {
-    /// Codes as bytes `[blocks][8 groups][64]`, or, for 8 bits, i16 `[blocks][16 pairs along K][16 columns][2]`.
+    /// Codes as bytes `[blocks][8 groups][64]`, or, for 8 bits without VNNI, i16 `[blocks][16 pairs along K][16 columns][2]`.
     codes: [u8; 512 * STRETCH],
     /// `[blocks][parts][16]`
     scale: [f32; 2 * COLS * STRETCH],
@@ -257,23 +302,28 @@ struct Stretch {
     min: [f32; 2 * COLS * STRETCH],
 }
 
+/// Whether codes are unpacked to i16.
+const fn wide<K: Fixed, const VNNI: bool>() -> bool {
+    K::RECORD.bits == 8 && !VNNI
+}
+
 /// Blocks of kind `K` in a stretch.
-const fn stretch<K: Fixed>() -> usize {
-    if K::RECORD.bits == 8 { STRETCH / 2 } else { STRETCH }
+const fn stretch<K: Fixed, const VNNI: bool>() -> usize {
+    if wide::<K, VNNI>() { STRETCH / 2 } else { STRETCH }
 }
 
 /// Rows of a tile of kind `K`. 6-bit codes widen after every second step: six rows would spill.
-const fn highest<K: Fixed>() -> usize {
-    if K::RECORD.bits == 6 { 4 } else { TILE }
+const fn highest<K: Fixed, const VNNI: bool>() -> usize {
+    if K::RECORD.bits == 6 && !VNNI { 4 } else { TILE }
 }
 
 /// Unpacks `blocks` records.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<K: Fixed>(records: &[u8], out: &mut Stretch) {
+fn unpack<K: Fixed, const VNNI: bool>(records: &[u8], out: &mut Stretch) {
     let record = const { K::RECORD };
     let blocks = records.len() / record.bytes();
-    assert!(blocks <= stretch::<K>());
+    assert!(blocks <= stretch::<K, VNNI>());
     for b in 0..blocks {
         // SAFETY: record `b` is inside `records`; its unpacked codes take 512 bytes (1,024 as i16) of the 16 KB, its scales
         // `parts * 16` floats of the `2 * 16 * STRETCH`.
@@ -282,8 +332,8 @@ fn unpack<K: Fixed>(records: &[u8], out: &mut Stretch) {
             macro_rules! group {
                 ($g:literal) => {
                     for side in 0..2 {
-                        let w = load_codes::<K, $g>(rec, side);
-                        if record.bits == 8 {
+                        if wide::<K, VNNI>() {
+                            let w = load_codes::<K, $g>(rec, side);
                             // Bytes 0, 1 of every column as one pair of i16, bytes 2, 3 as the next: into the high halves, then
                             // an arithmetic shift.
                             let out = out.codes.as_mut_ptr().add(1024 * b + 128 * $g + 32 * side);
@@ -293,7 +343,7 @@ fn unpack<K: Fixed>(records: &[u8], out: &mut Stretch) {
                             _mm256_store_si256(out.add(64).cast(), _mm256_srai_epi16::<8>(second));
                         } else {
                             let out = out.codes.as_mut_ptr().add(512 * b + 64 * $g + 32 * side);
-                            _mm256_store_si256(out.cast(), w);
+                            _mm256_store_si256(out.cast(), load_unsigned::<K, $g>(rec, side));
                         }
                     }
                 };
@@ -336,7 +386,7 @@ fn spread(at: i32) -> __m256i {
 /// All rows of the task against one panel.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_ROWS]) {
+fn many_rows<K: Fixed, const VNNI: bool>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_ROWS]) {
     let rows = task.rows.len();
     let mut stretch_of = Stretch {
         codes: [0; 512 * STRETCH],
@@ -347,14 +397,14 @@ fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_RO
     for (s, records) in task
         .matrix
         .panel(p)
-        .chunks(stretch::<K>() * K::RECORD.bytes())
+        .chunks(stretch::<K, VNNI>() * K::RECORD.bytes())
         .enumerate()
     {
-        unpack::<K>(records, &mut stretch_of);
-        let first = s * stretch::<K>();
+        unpack::<K, VNNI>(records, &mut stretch_of);
+        let first = s * stretch::<K, VNNI>();
         let blocks = first..first + records.len() / K::RECORD.bytes();
         // Tiles of equal height, or one row less: a low tile at the end would waste half its work.
-        let tiles = rows.div_ceil(const { highest::<K>() });
+        let tiles = rows.div_ceil(const { highest::<K, VNNI>() });
         let mut done = 0;
         for t in 0..tiles {
             let height = rows / tiles + usize::from(t < rows % tiles);
@@ -362,12 +412,12 @@ fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_RO
             let acc = &mut acc[done..done + height];
             done += height;
             match height {
-                1 => tile::<K, 1>(task, r, blocks.clone(), &stretch_of, acc),
-                2 => tile::<K, 2>(task, r, blocks.clone(), &stretch_of, acc),
-                3 => tile::<K, 3>(task, r, blocks.clone(), &stretch_of, acc),
-                4 => tile::<K, 4>(task, r, blocks.clone(), &stretch_of, acc),
-                5 => tile::<K, 5>(task, r, blocks.clone(), &stretch_of, acc),
-                _ => tile::<K, TILE>(task, r, blocks.clone(), &stretch_of, acc),
+                1 => tile::<K, VNNI, 1>(task, r, blocks.clone(), &stretch_of, acc),
+                2 => tile::<K, VNNI, 2>(task, r, blocks.clone(), &stretch_of, acc),
+                3 => tile::<K, VNNI, 3>(task, r, blocks.clone(), &stretch_of, acc),
+                4 => tile::<K, VNNI, 4>(task, r, blocks.clone(), &stretch_of, acc),
+                5 => tile::<K, VNNI, 5>(task, r, blocks.clone(), &stretch_of, acc),
+                _ => tile::<K, VNNI, TILE>(task, r, blocks.clone(), &stretch_of, acc),
             }
         }
     }
@@ -392,7 +442,7 @@ fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, acc: &mut [[f32; COLS]; MAX_RO
 /// `R` rows against a stretch: continues `acc: [R, 16]` over `blocks`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tile<K: Fixed, const R: usize>(
+fn tile<K: Fixed, const VNNI: bool, const R: usize>(
     task: &Task<'_>,
     r: usize,
     blocks: std::ops::Range<usize>,
@@ -402,12 +452,14 @@ fn tile<K: Fixed, const R: usize>(
     let record = const { K::RECORD };
     let (acts, all) = (task.acts, task.acts.blocks());
     let parts = record.parts();
-    assert!(acc.len() == R && r + R <= acts.rows() && blocks.end <= all && blocks.len() <= stretch::<K>());
+    assert!(
+        acc.len() == R && r + R <= acts.rows() && blocks.end <= all && blocks.len() <= stretch::<K, VNNI>()
+    );
     let ones = _mm256_set1_epi16(1);
     // SAFETY: rows `r .. r + R` and blocks `blocks` are inside the activations, whose vectors hold `rows * all` blocks (times `parts`
     // for sums); a stretch holds `blocks.len()` blocks. `q16` is filled when an 8-bit matrix meets more than one row.
     unsafe {
-        let q = acts.q.as_ptr().add((r * all + blocks.start) * BLOCK);
+        let q = acts.q().as_ptr().add((r * all + blocks.start) * BLOCK);
         let q16 = acts.q16.as_ptr().wrapping_add((r * all + blocks.start) * BLOCK);
         let d = acts.d.as_ptr().add(r * all + blocks.start);
         let sum = acts.sum[parts - 1].as_ptr().add((r * all + blocks.start) * parts);
@@ -416,7 +468,17 @@ fn tile<K: Fixed, const R: usize>(
         for b in 0..blocks.len() {
             for part in 0..parts {
                 let mut isum = [[_mm256_setzero_si256(); 2]; R];
-                if record.bits == 8 {
+                if VNNI {
+                    let at = 8 / parts * part;
+                    let (w, q) = (
+                        w.codes.as_ptr().add(512 * b + 64 * at),
+                        q.add(b * BLOCK + 4 * at).cast(),
+                    );
+                    isum = match parts {
+                        1 => vnni_dots::<R, 8>(w, q, all * BLOCK),
+                        _ => vnni_dots::<R, 4>(w, q, all * BLOCK),
+                    };
+                } else if record.bits == 8 {
                     isum = dots::<R, 16>(
                         w.codes.as_ptr().add(1024 * b),
                         q16.add(b * BLOCK).cast(),
@@ -466,7 +528,7 @@ fn tile<K: Fixed, const R: usize>(
                     let sum = _mm256_set1_epi32(*sum.add((i * all + b) * parts + part));
                     let sx = _mm256_set1_ps(*sx.add((i * all + b) * parts + part));
                     for side in 0..2 {
-                        let isum = if record.bits == 8 {
+                        let isum = if wide::<K, VNNI>() {
                             isum[i][side]
                         } else {
                             centre::<K>(isum[i][side], sum)
@@ -594,6 +656,81 @@ unsafe fn dots<const R: usize, const STEPS: usize>(
         };
     }
     const { assert!(R >= 1 && R <= TILE && matches!(STEPS, 2 | 4 | 8 | 16)) };
+    match R {
+        1 => height!(["" "a" "b"], 0 a b),
+        2 => height!(["" "a" "b", " + {s}" "d" "e"], 0 a b, 1 d e),
+        3 => height!(["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g"], 0 a b, 1 d e, 2 f g),
+        4 => height!(
+            ["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g", " + {s3}" "h" "i"],
+            0 a b, 1 d e, 2 f g, 3 h i
+        ),
+        5 => height!(
+            ["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g", " + {s3}" "h" "i", " + 4*{s}" "j" "k"],
+            0 a b, 1 d e, 2 f g, 3 h i, 4 j k
+        ),
+        _ => height!(
+            ["" "a" "b", " + {s}" "d" "e", " + 2*{s}" "f" "g", " + {s3}" "h" "i", " + 4*{s}" "j" "k", " + {s5}" "l" "m"],
+            0 a b, 1 d e, 2 f g, 3 h i, 4 j k, 5 l m
+        ),
+    }
+    acc
+}
+
+/// [`dots`] of bytes, with i32 sums.
+///
+/// # Safety
+/// As [`dots`]; the CPU has AVX-VNNI.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn vnni_dots<const R: usize, const STEPS: usize>(
+    w: *const u8,
+    x: *const u8,
+    stride: usize,
+) -> [[__m256i; 2]; R] {
+    let mut acc = [[_mm256_setzero_si256(); 2]; R];
+    macro_rules! step {
+        ($at:literal, [$($row:literal $a:literal $b:literal),*]) => {
+            concat!(
+                "vmovdqa {v}, ymmword ptr [{c} + 64*", $at, "]\n",
+                "vmovdqa {w}, ymmword ptr [{c} + 64*", $at, " + 32]\n",
+                $(
+                    "vpbroadcastd {x}, dword ptr [{p}", $row, " + 4*", $at, "]\n",
+                    "{{vex}} vpdpbusd {", $a, "}, {v}, {x}\n",
+                    "{{vex}} vpdpbusd {", $b, "}, {w}, {x}\n",
+                )*
+            )
+        };
+    }
+    macro_rules! block {
+        ([$($at:literal),*], $rows:tt, $($r:literal $a:ident $b:ident),*) => {
+            // SAFETY: reads just what the caller promises.
+            unsafe {
+                std::arch::asm!(
+                    "/* {s} {s3} {s5} */",
+                    $(step!($at, $rows),)*
+                    c = in(reg) w,
+                    p = in(reg) x,
+                    s = in(reg) stride,
+                    s3 = in(reg) 3 * stride,
+                    s5 = in(reg) 5 * stride,
+                    v = out(ymm_reg) _,
+                    w = out(ymm_reg) _,
+                    x = out(ymm_reg) _,
+                    $($a = inout(ymm_reg) acc[$r][0], $b = inout(ymm_reg) acc[$r][1],)*
+                    options(readonly, nostack, preserves_flags)
+                )
+            }
+        };
+    }
+    macro_rules! height {
+        ($rows:tt, $($r:literal $a:ident $b:ident),*) => {
+            match STEPS {
+                4 => block!(["0", "1", "2", "3"], $rows, $($r $a $b),*),
+                _ => block!(["0", "1", "2", "3", "4", "5", "6", "7"], $rows, $($r $a $b),*),
+            }
+        };
+    }
+    const { assert!(R >= 1 && R <= TILE && matches!(STEPS, 4 | 8)) };
     match R {
         1 => height!(["" "a" "b"], 0 a b),
         2 => height!(["" "a" "b", " + {s}" "d" "e"], 0 a b, 1 d e),

@@ -8,33 +8,13 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::layout::{BLOCK, CODES, COLS, Fixed, Kind, with_kind};
+use super::stretch::{Stretch, groups, load_codes, load_f16};
 use super::{MAX_ROWS, Task};
 
 /// Blocks unpacked at once: 16 KB of codes and up to 8 KB of scales.
 const STRETCH: usize = 32;
 /// Rows of a tile.
 const TILE: usize = 8;
-
-/// A stretch of a panel, unpacked.
-#[repr(C, align(64))]
-pub(super) struct Stretch {
-    /// `[blocks][8 groups][16 columns][4]`
-    pub(super) codes: [u8; CODES * STRETCH],
-    /// `[blocks][parts][16]`
-    scale: [f32; 2 * COLS * STRETCH],
-    /// `[blocks][parts][16]`
-    min: [f32; 2 * COLS * STRETCH],
-}
-
-impl Stretch {
-    pub(super) fn new() -> Stretch {
-        Stretch {
-            codes: [0; CODES * STRETCH],
-            scale: [0.0; 2 * COLS * STRETCH],
-            min: [0.0; 2 * COLS * STRETCH],
-        }
-    }
-}
 
 /// Computes a task.
 ///
@@ -44,8 +24,9 @@ impl Stretch {
 pub(crate) unsafe fn run(task: &Task<'_>) {
     debug_assert!(task.rows.end <= task.acts.rows() && task.rows.len() <= MAX_ROWS);
     let one = task.rows.len() == 1;
+    let mut w = Stretch::new();
     for p in task.panels.clone() {
-        with_kind!(task.matrix.kind, K => if one { one_row::<K>(task, p) } else { many_rows::<K>(task, p) }, {
+        with_kind!(task.matrix.kind, K => if one { one_row::<K>(task, p) } else { many_rows::<K>(task, p, &mut w) }, {
             let mut r = task.rows.start;
             while r < task.rows.end {
                 let rows = (task.rows.end - r).min(TILE);
@@ -63,82 +44,6 @@ pub(crate) unsafe fn run(task: &Task<'_>) {
     }
 }
 
-/// The 64 codes of group `G` as unsigned bytes.
-///
-/// # Safety
-/// `record` points to the codes of a record of kind `K`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn load_codes<K: Fixed, const G: usize>(record: *const u8) -> __m512i {
-    // SAFETY: the largest offset is inside `code_bytes()` for the kind's bits (see `layout`).
-    unsafe {
-        let load = |at: usize| _mm512_loadu_si512(record.add(at).cast());
-        if K::RECORD.bits == 8 {
-            return _mm512_xor_si512(load(64 * G), _mm512_set1_epi8(-128));
-        }
-        let pair = load(64 * (G / 2));
-        let low = if G.is_multiple_of(2) {
-            pair
-        } else {
-            _mm512_srli_epi16::<4>(pair)
-        };
-        let low = _mm512_and_si512(low, _mm512_set1_epi8(15));
-        let high = match K::RECORD.bits {
-            5 => {
-                let plane = load(256);
-                let bit = match G {
-                    0 => _mm512_slli_epi16::<4>(plane),
-                    1 => _mm512_slli_epi16::<3>(plane),
-                    2 => _mm512_slli_epi16::<2>(plane),
-                    3 => _mm512_slli_epi16::<1>(plane),
-                    4 => plane,
-                    5 => _mm512_srli_epi16::<1>(plane),
-                    6 => _mm512_srli_epi16::<2>(plane),
-                    _ => _mm512_srli_epi16::<3>(plane),
-                };
-                _mm512_and_si512(bit, _mm512_set1_epi8(16))
-            }
-            6 => {
-                let plane = load(256 + 64 * (G / 4));
-                let bits = match G % 4 {
-                    0 => _mm512_slli_epi16::<4>(plane),
-                    1 => _mm512_slli_epi16::<2>(plane),
-                    2 => plane,
-                    _ => _mm512_srli_epi16::<2>(plane),
-                };
-                _mm512_and_si512(bits, _mm512_set1_epi8(48))
-            }
-            _ => return low,
-        };
-        _mm512_or_si512(low, high)
-    }
-}
-
-/// Calls `$f!(G)` for the eight groups.
-macro_rules! groups {
-    ($f:ident) => {
-        $f!(0);
-        $f!(1);
-        $f!(2);
-        $f!(3);
-        $f!(4);
-        $f!(5);
-        $f!(6);
-        $f!(7);
-    };
-}
-
-/// 16 f16 as f32.
-///
-/// # Safety
-/// 32 readable bytes at `p`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn load_f16(p: *const u8) -> __m512 {
-    // SAFETY: the caller's promise.
-    unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-}
-
 /// `isum - offset * sum`, the offset a power of two or 0.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -154,13 +59,19 @@ fn centre<K: Fixed>(isum: __m512i, sum: i32) -> __m512i {
     }
 }
 
+/// Writes the columns of panel `p` that exist into row `r` of the output.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn store(task: &Task<'_>, r: usize, p: usize, acc: __m512) {
-    let mut out = [0.0f32; COLS];
-    // SAFETY: `out` has 16 elements.
-    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), acc) };
-    task.store(r, p, &out);
+pub(super) fn store(task: &Task<'_>, r: usize, p: usize, acc: __m512) {
+    let (at, cols) = task.place(r, p);
+    // SAFETY: `cols <= 16` floats from `at` are this task's to write.
+    unsafe {
+        if cols == COLS {
+            _mm512_storeu_ps(at, acc);
+        } else {
+            _mm512_mask_storeu_ps(at, (1 << cols) - 1, acc);
+        }
+    }
 }
 
 /// One row of activations against one panel, straight from memory.
@@ -171,7 +82,7 @@ fn one_row<K: Fixed>(task: &Task<'_>, p: usize) {
     let (acts, r) = (task.acts, task.rows.start);
     let (blocks, parts) = (acts.blocks(), record.parts());
     let panel = task.matrix.panel(p);
-    let q = acts.q[r * blocks * BLOCK..][..blocks * BLOCK].as_ptr();
+    let q = acts.q()[r * blocks * BLOCK..][..blocks * BLOCK].as_ptr();
     let d = &acts.d[r * blocks..][..blocks];
     let sum = &acts.sum[parts - 1][r * blocks * parts..][..blocks * parts];
     let sx = &acts.sx[parts - 1][r * blocks * parts..][..blocks * parts];
@@ -212,69 +123,15 @@ fn one_row<K: Fixed>(task: &Task<'_>, p: usize) {
     store(task, r, p, _mm512_mul_ps(acc, _mm512_set1_ps(task.matrix.post)));
 }
 
-/// Unpacks whole records, at most a stretch of them; returns how many.
+/// All rows of the task against one panel.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn unpack<K: Fixed>(records: &[u8], out: &mut Stretch) -> usize {
-    let record = const { K::RECORD };
-    let blocks = records.len() / record.bytes();
-    assert!(blocks <= STRETCH);
-    for b in 0..blocks {
-        // SAFETY: record `b` is inside `records`; block `b < STRETCH` of every array of `out` exists, with room for two parts.
-        unsafe {
-            let rec = records.as_ptr().add(b * record.bytes());
-            let codes = out.codes.as_mut_ptr().add(CODES * b);
-            macro_rules! group {
-                ($g:literal) => {
-                    _mm512_store_si512(codes.add(64 * $g).cast(), load_codes::<K, $g>(rec));
-                };
-            }
-            groups!(group);
-            for part in 0..record.parts() {
-                let at = (b * record.parts() + part) * COLS;
-                let from = rec.add(record.scale_at(part));
-                _mm512_store_ps(out.scale.as_mut_ptr().add(at), load_f16(from));
-                if record.min {
-                    _mm512_store_ps(out.min.as_mut_ptr().add(at), load_f16(from.add(2 * COLS)));
-                }
-            }
-        }
-    }
-    blocks
-}
-
-/// Calls `f(records unpacked, their blocks, accumulators [rows, 16])` for every stretch of a panel, then stores the accumulators.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn stretches<K: Fixed>(
-    task: &Task<'_>,
-    p: usize,
-    f: impl Fn(&Stretch, Range<usize>, &mut [[f32; COLS]]),
-) {
-    let mut unpacked = Stretch::new();
+fn many_rows<K: Fixed>(task: &Task<'_>, p: usize, w: &mut Stretch<STRETCH>) {
     let mut acc = [[0.0f32; COLS]; MAX_ROWS];
-    let acc = &mut acc[..task.rows.len()];
-    for (s, records) in task
-        .matrix
-        .panel(p)
-        .chunks(STRETCH * K::RECORD.bytes())
-        .enumerate()
-    {
-        let blocks = unpack::<K>(records, &mut unpacked);
-        f(&unpacked, s * STRETCH..s * STRETCH + blocks, acc);
-    }
-    for (r, acc) in task.rows.clone().zip(acc.iter()) {
-        // SAFETY: 16 floats.
-        let acc = unsafe { _mm512_loadu_ps(acc.as_ptr()) };
-        store(task, r, p, _mm512_mul_ps(acc, _mm512_set1_ps(task.matrix.post)));
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn many_rows<K: Fixed>(task: &Task<'_>, p: usize) {
-    stretches::<K>(task, p, |w, blocks, acc| {
-        for (t, acc) in acc.chunks_mut(TILE).enumerate() {
+    let records = task.matrix.panel(p).chunks(STRETCH * K::RECORD.bytes());
+    for (s, records) in records.enumerate() {
+        let blocks = s * STRETCH..s * STRETCH + w.unpack::<K>(records);
+        for (t, acc) in acc[..task.rows.len()].chunks_mut(TILE).enumerate() {
             let r = task.rows.start + t * TILE;
             match acc.len() {
                 1 => tile::<K, 1>(task, r, blocks.clone(), w, acc),
@@ -287,7 +144,12 @@ fn many_rows<K: Fixed>(task: &Task<'_>, p: usize) {
                 _ => tile::<K, 8>(task, r, blocks.clone(), w, acc),
             }
         }
-    });
+    }
+    for (r, acc) in task.rows.clone().zip(&acc) {
+        // SAFETY: 16 floats.
+        let acc = unsafe { _mm512_loadu_ps(acc.as_ptr()) };
+        store(task, r, p, _mm512_mul_ps(acc, _mm512_set1_ps(task.matrix.post)));
+    }
 }
 
 /// `R` rows against a stretch: continues `acc: [R, 16]` over `blocks`.
@@ -297,7 +159,7 @@ fn tile<K: Fixed, const R: usize>(
     task: &Task<'_>,
     r: usize,
     blocks: Range<usize>,
-    w: &Stretch,
+    w: &Stretch<STRETCH>,
     acc: &mut [[f32; COLS]],
 ) {
     let acts = task.acts;
@@ -307,7 +169,7 @@ fn tile<K: Fixed, const R: usize>(
     // SAFETY: rows `r .. r + R` and blocks `blocks` are inside the activations, whose vectors hold `rows * all` blocks; the stretch holds
     // `blocks.len()` blocks; `acc` has `R` rows.
     unsafe {
-        let q = acts.q.as_ptr().add((r * all + blocks.start) * BLOCK);
+        let q = acts.q().as_ptr().add((r * all + blocks.start) * BLOCK);
         for (f, acc) in f.iter_mut().zip(acc.iter()) {
             *f = _mm512_loadu_ps(acc.as_ptr());
         }
@@ -315,7 +177,7 @@ fn tile<K: Fixed, const R: usize>(
             for part in 0..parts {
                 let mut isum = [_mm512_setzero_si512(); R];
                 for g in part * 8 / parts..(part + 1) * 8 / parts {
-                    let codes = _mm512_load_si512(w.codes.as_ptr().add(CODES * b + 64 * g).cast());
+                    let codes = _mm512_load_si512(w.codes().add(CODES * b + 64 * g).cast());
                     for (i, isum) in isum.iter_mut().enumerate() {
                         let x = q
                             .add((i * all + b) * BLOCK + 4 * g)
@@ -341,9 +203,9 @@ fn tile<K: Fixed, const R: usize>(
 /// The row, the block and its place in the stretch exist.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) unsafe fn update<K: Fixed>(
+unsafe fn update<K: Fixed>(
     task: &Task<'_>,
-    w: &Stretch,
+    w: &Stretch<STRETCH>,
     r: usize,
     b: usize,
     at: usize,
@@ -357,11 +219,11 @@ pub(super) unsafe fn update<K: Fixed>(
     unsafe {
         let whole = centre::<K>(isum, *acts.sum[parts - 1].get_unchecked(block * parts + part));
         let dx = _mm512_set1_ps(*acts.d.get_unchecked(block));
-        let dw = _mm512_mul_ps(_mm512_load_ps(w.scale.as_ptr().add(at)), dx);
+        let dw = _mm512_mul_ps(_mm512_load_ps(w.scale().add(at)), dx);
         let acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), dw, acc);
         if K::RECORD.min {
             let sx = _mm512_set1_ps(*acts.sx[parts - 1].get_unchecked(block * parts + part));
-            _mm512_fmadd_ps(_mm512_load_ps(w.min.as_ptr().add(at)), sx, acc)
+            _mm512_fmadd_ps(_mm512_load_ps(w.min().add(at)), sx, acc)
         } else {
             acc
         }

@@ -19,12 +19,16 @@ mod avx512;
 mod layout;
 mod pack;
 mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod stretch;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 
 pub use acts::Acts;
+
+use acts::Form;
 
 use crate::cpu::{Cpu, Path};
 use crate::memory::{Buffer, Shared};
@@ -119,15 +123,30 @@ pub(crate) struct Task<'a> {
 }
 
 impl Task<'_> {
+    /// Where row `r` of panel `p` goes, and how many of its columns exist: 1 to 16.
+    #[inline]
+    fn place(&self, r: usize, p: usize) -> (*mut f32, usize) {
+        debug_assert!(self.rows.contains(&r) && self.panels.contains(&p));
+        let n = self.matrix.n;
+        // SAFETY: `y` has `acts.rows() * n` elements (checked in `matmul_many`), `r < acts.rows()`, `p * COLS < n`.
+        (
+            unsafe { self.y.get().add(r * n + p * COLS) },
+            (n - p * COLS).min(COLS),
+        )
+    }
+
     /// Writes the columns of panel `p` that exist into row `r`.
     #[inline]
     fn store(&self, r: usize, p: usize, values: &[f32; COLS]) {
-        debug_assert!(self.rows.contains(&r) && self.panels.contains(&p));
-        let n = self.matrix.n;
-        let cols = (n - p * COLS).min(COLS);
-        // SAFETY: `y` has `acts.rows() * n` elements (checked in `matmul_many`), `r < acts.rows()`, `p * COLS + cols <= n`; no other
-        // task has this row and panel.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.y.get().add(r * n + p * COLS), cols) };
+        let (at, cols) = self.place(r, p);
+        if cols == COLS {
+            // A copy of known length needs no call.
+            // SAFETY: 16 floats from `at` exist, and no other task has this row and panel.
+            unsafe { at.cast::<[f32; COLS]>().write_unaligned(*values) };
+        } else {
+            // SAFETY: as above, with `cols` floats.
+            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), at, cols) };
+        }
     }
 }
 
@@ -151,8 +170,14 @@ pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Mat
         return;
     }
     if products.iter().any(|(w, _)| w.kind.record().is_some()) {
-        let wide = cpu.path() == Path::Avx2 && rows > 1 && products.iter().any(|(w, _)| w.kind == Kind::I8);
-        acts.quantise(team, wide);
+        let bytes = products.iter().any(|(w, _)| w.kind == Kind::I8);
+        let form = match cpu.path() {
+            Path::Avx2 if rows > 1 && bytes && !cpu.avx_vnni() => Form::Wide,
+            #[cfg(target_arch = "x86_64")]
+            Path::Amx if rows >= amx::LEAST_ROWS => Form::Tiles,
+            _ => Form::Rows,
+        };
+        acts.quantise(cpu, team, form);
     }
     let acts = &*acts;
     let mut tasks = Vec::new();
@@ -181,6 +206,10 @@ pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Mat
 /// Most rows of a task: what its accumulators (16 f32 per row) may take of the first cache.
 const MAX_ROWS: usize = 256;
 
+/// Panels that the AMX path unpacks together (0.4 MB at 4,864 values a column, a part of the second cache): tasks of many rows have whole
+/// groups of them.
+const GROUP: usize = 4;
+
 /// Rows and panels of a task: enough tasks that threads finish together, few enough that handing them out costs nothing.
 fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
     if threads == 1 {
@@ -192,16 +221,27 @@ fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
     let row_step = rows.div_ceil(splits).next_multiple_of(16).min(MAX_ROWS);
     // A task of less than about 2^18 multiplications is not worth a hand-over.
     let least = (1usize << 18).div_ceil(COLS * w.k * row_step.min(rows));
-    let panel_step = (w.panels() * splits).div_ceil(want).max(least).min(w.panels());
-    (row_step, panel_step)
+    let panel_step = (w.panels() * splits).div_ceil(want).max(least);
+    let panel_step = if rows > COLS {
+        panel_step.next_multiple_of(GROUP)
+    } else {
+        panel_step
+    };
+    (row_step, panel_step.min(w.panels()))
 }
 
 fn run(cpu: Cpu, task: &Task<'_>) {
     match cpu.path() {
         Path::Scalar => scalar::run(task),
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a `Cpu` of this path proves AVX2, FMA and F16C.
-        Path::Avx2 => unsafe { avx2::run(task) },
+        // SAFETY: a `Cpu` of this path proves AVX2, FMA and F16C, and AVX-VNNI if it says so.
+        Path::Avx2 => unsafe {
+            if cpu.avx_vnni() {
+                avx2::run::<true>(task);
+            } else {
+                avx2::run::<false>(task);
+            }
+        },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a `Cpu` of this path proves AVX-512 F, BW, DQ, VL and VNNI.
         Path::Avx512 => unsafe { avx512::run(task) },

@@ -21,7 +21,7 @@ fn codes(task: &Task<'_>, record: Record) {
         for (b, packed) in task.matrix.panel(p).chunks_exact(record.bytes()).enumerate() {
             unpack_record(record, packed, &mut codes);
             for (r, acc) in task.rows.clone().zip(&mut acc) {
-                let q: &[i8; BLOCK] = acts.q[(r * blocks + b) * BLOCK..][..BLOCK]
+                let q: &[i8; BLOCK] = acts.q()[(r * blocks + b) * BLOCK..][..BLOCK]
                     .try_into()
                     .expect("a block");
                 let parts = record.parts();
