@@ -333,7 +333,8 @@ impl Model {
                 )
             });
         attended.map_err(ForwardError::from)?;
-        self.project(&s.z, &layer.attn_out, &mut s.acts, &mut s.out);
+        s.acts.swap(&mut s.z, chunk_rows + fresh, q_width);
+        self.project(&layer.attn_out, &mut s.acts, &mut s.out);
         let seen = (&Watch::default(), l, [Site::AttnOut, Site::ResidMid]);
         self.add_back(layer.attn_post_norm.as_deref(), seen, s);
         Ok(())

@@ -214,11 +214,10 @@ impl Model {
         if watch.wants(l, Site::ResidPre) {
             watch.at(l, Site::ResidPre, &mut s.x, spec.d_model);
         }
-        self.norm(&s.x, &layer.attn_norm, &mut s.normed);
+        self.norm_acts(&s.x, &layer.attn_norm, &mut s.acts);
         s.q.resize(rows * q_width, 0.0);
         s.k.resize(rows * kv_width, 0.0);
         s.v.resize(rows * kv_width, 0.0);
-        s.acts.load(&s.normed, rows, spec.d_model);
         let [wq, wk, wv] = &layer.qkv;
         let mut products: [(&Matrix, &mut [f32]); 3] = [(wq, &mut s.q), (wk, &mut s.k), (wv, &mut s.v)];
         matmul_many(self.cpu, &self.team, &mut s.acts, &mut products);
@@ -286,7 +285,8 @@ impl Model {
                 exact: seqs[seq].extra.pos_base == 0 && seqs[seq].extra.context.is_none_or(Context::is_empty),
             });
         }
-        self.project(&s.z, &layer.attn_out, &mut s.acts, &mut s.out);
+        s.acts.swap(&mut s.z, rows, q_width);
+        self.project(&layer.attn_out, &mut s.acts, &mut s.out);
         self.add_back(
             layer.attn_post_norm.as_deref(),
             (watch, l, [Site::AttnOut, Site::ResidMid]),
@@ -298,25 +298,25 @@ impl Model {
     pub(super) fn feed_forward(&self, l: usize, watch: &Watch<'_>, s: &mut Scratch) {
         let (spec, layer): (_, &Layer) = (self.spec(), &self.weights.layers[l]);
         let (rows, ff) = (s.x.len() / spec.d_model, spec.d_ff);
-        self.norm(&s.x, &layer.ffn_norm, &mut s.normed);
+        self.norm_acts(&s.x, &layer.ffn_norm, &mut s.acts);
         s.gate.resize(rows * ff, 0.0);
         s.up.resize(rows * ff, 0.0);
-        s.acts.load(&s.normed, rows, spec.d_model);
         let [gate, up] = &layer.gate_up;
         let mut products: [(&Matrix, &mut [f32]); 2] = [(gate, &mut s.gate), (up, &mut s.up)];
         matmul_many(self.cpu, &self.team, &mut s.acts, &mut products);
-        let up = &s.up;
-        self.per_row(&mut s.gate, ff, |r, gate| {
+        let (gate, up) = (&s.gate, &s.up);
+        s.acts.fill(&self.team, rows, ff, &|r, row| {
+            row.copy_from_slice(&gate[r * ff..][..ff]);
             let up = &up[r * ff..][..ff];
             match spec.act {
-                Act::Silu => ops::silu_mul(self.cpu, gate, up),
-                Act::GeluTanh => ops::gelu_tanh_mul(self.cpu, gate, up),
+                Act::Silu => ops::silu_mul(self.cpu, row, up),
+                Act::GeluTanh => ops::gelu_tanh_mul(self.cpu, row, up),
             }
         });
         if watch.wants(l, Site::MlpPost) {
-            watch.at(l, Site::MlpPost, &mut s.gate, ff);
+            watch.at(l, Site::MlpPost, s.acts.x_mut(), ff);
         }
-        self.project(&s.gate, &layer.down, &mut s.acts, &mut s.out);
+        self.project(&layer.down, &mut s.acts, &mut s.out);
         self.add_back(
             layer.ffn_post_norm.as_deref(),
             (watch, l, [Site::MlpOut, Site::ResidPost]),
@@ -376,13 +376,12 @@ impl Model {
         if rows == 0 {
             return;
         }
-        self.norm(&s.x, &self.weights.output_norm, &mut s.normed);
+        self.norm_acts(&s.x, &self.weights.output_norm, &mut s.acts);
         if watch.wants(spec.layers, Site::FinalNorm) {
-            watch.at(spec.layers, Site::FinalNorm, &mut s.normed, spec.d_model);
+            watch.at(spec.layers, Site::FinalNorm, s.acts.x_mut(), spec.d_model);
         }
         let at = logits.len();
         logits.resize(at + rows * spec.vocab, 0.0);
-        s.acts.load(&s.normed, rows, spec.d_model);
         matmul(
             self.cpu,
             &self.team,
@@ -398,11 +397,17 @@ impl Model {
         }
     }
 
-    pub(super) fn project(&self, x: &[f32], w: &Matrix, acts: &mut Acts, out: &mut Vec<f32>) {
-        let rows = x.len() / w.k();
-        out.resize(rows * w.n(), 0.0);
-        acts.load(x, rows, w.k());
+    pub(super) fn project(&self, w: &Matrix, acts: &mut Acts, out: &mut Vec<f32>) {
+        out.resize(acts.rows() * w.n(), 0.0);
         matmul(self.cpu, &self.team, acts, w, out);
+    }
+
+    /// Loads `acts` with the norms of `x`.
+    pub(super) fn norm_acts(&self, x: &[f32], w: &[f32], acts: &mut Acts) {
+        let (eps, width) = (self.spec().norm_eps, w.len());
+        acts.fill(&self.team, x.len() / width, width, &|r, row| {
+            ops::rms_norm(&x[r * width..][..width], w, eps, row);
+        });
     }
 
     pub(super) fn norm(&self, x: &[f32], w: &[f32], out: &mut Vec<f32>) {
