@@ -256,7 +256,7 @@ fn main() {
         cpu,
         rope: Rope::new(&[1.0], RopeStyle::Neox),
         read_bytes_s: ceilings.read_bytes_s,
-        flop_s: probe::tile_flop_s(cpu, &team).unwrap_or(ceilings.f32_flop_s),
+        flop_s: ceilings.tiles.map_or(ceilings.f32_flop_s, |t| t.bf16_flop_s),
         team,
     };
     println!(

@@ -94,27 +94,36 @@ pub(crate) unsafe fn release() {
     }
 }
 
-/// `rounds` times four bf16 tile products of full size: what they cost is what [`crate::probe`] measures.
+/// `rounds` times four products of full tiles of zeros, of bf16 or of int8: what they cost is what [`crate::probe`] measures.
 ///
 /// # Safety
 /// As [`configure`].
 #[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn products(rounds: usize) {
+pub(crate) unsafe fn products(bf16: bool, rounds: usize) {
+    macro_rules! rounds {
+        ($op:literal) => {
+            std::arch::asm!(
+                "2:",
+                concat!($op, " tmm0, tmm4, tmm5"),
+                concat!($op, " tmm1, tmm4, tmm5"),
+                concat!($op, " tmm2, tmm4, tmm5"),
+                concat!($op, " tmm3, tmm4, tmm5"),
+                "dec {n}",
+                "jnz 2b",
+                n = inout(reg) rounds.max(1) => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                options(nostack, nomem),
+            )
+        };
+    }
     // SAFETY: the caller's promise; only the tiles are touched.
     unsafe {
         configure(&[TileShape { rows: 16, bytes: 64 }; 8]);
-        std::arch::asm!(
-            "2:",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "tdpbf16ps tmm1, tmm4, tmm5",
-            "tdpbf16ps tmm2, tmm4, tmm5",
-            "tdpbf16ps tmm3, tmm4, tmm5",
-            "dec {n}",
-            "jnz 2b",
-            n = inout(reg) rounds.max(1) => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            options(nostack, nomem),
-        );
+        if bf16 {
+            rounds!("tdpbf16ps");
+        } else {
+            rounds!("tdpbssd");
+        }
         release();
     }
 }

@@ -13,8 +13,19 @@ pub struct Ceilings {
     pub read_bytes_s: f64,
     /// f32 operations per second of fused multiply-adds (2 each).
     pub f32_flop_s: f64,
-    /// Operations per second of the int8 multiply-add that the path's products use (2 each).
+    /// Operations per second of the int8 multiply-add of the path's vectors (2 each).
     pub int8_op_s: f64,
+    /// Those of AMX, on its path.
+    pub tiles: Option<Tiles>,
+}
+
+/// Measured ceilings of tile products, 2 operations a multiply-add.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tiles {
+    /// int8 operations per second.
+    pub int8_op_s: f64,
+    /// bf16 operations per second.
+    pub bf16_flop_s: f64,
 }
 
 /// Seconds of the fastest of `repeats` calls.
@@ -60,24 +71,31 @@ pub fn measure(cpu: Cpu, team: &Team) -> Ceilings {
         read_bytes_s,
         f32_flop_s,
         int8_op_s,
+        tiles: tiles(cpu, team),
     }
 }
 
-/// Operations per second of bf16 tile products, 2 for each multiply-add; `None` on paths without tiles.
-pub fn tile_flop_s(cpu: Cpu, team: &Team) -> Option<f64> {
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if cpu.path() == Path::Amx {
-        const ROUNDS: usize = 20_000;
-        /// Tile products of a round, each of 16 rows, 16 columns and 32 products.
-        const PRODUCTS: usize = 4;
-        let threads = team.threads();
-        let seconds = fastest(5, || {
-            // SAFETY: `cpu` proves the tiles.
-            team.run(threads, &|_| unsafe { crate::amx::products(ROUNDS) });
-        });
-        return Some((2 * 16 * 16 * 32 * PRODUCTS * ROUNDS * threads) as f64 / seconds);
-    }
-    let _ = (cpu, team);
+#[cfg(target_arch = "x86_64")]
+fn tiles(cpu: Cpu, team: &Team) -> Option<Tiles> {
+    const ROUNDS: usize = 20_000;
+    // Four full tiles a round: 16 rows, 16 columns, 64 bytes along K.
+    let operations = (4 * 2 * 16 * 16 * 64 * ROUNDS * team.threads()) as f64;
+    let seconds = |bf16| {
+        fastest(5, || {
+            team.run(team.threads(), &|_| {
+                // SAFETY: asked for only on the AMX path, whose `Cpu` proves int8 and bf16 tiles.
+                unsafe { crate::amx::products(bf16, ROUNDS) };
+            });
+        })
+    };
+    (cpu.path() == Path::Amx).then(|| Tiles {
+        int8_op_s: operations / seconds(false),
+        bf16_flop_s: operations / 2.0 / seconds(true),
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tiles(_: Cpu, _: &Team) -> Option<Tiles> {
     None
 }
 

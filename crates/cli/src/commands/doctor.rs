@@ -54,6 +54,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             "read_gb_s": read,
             "f32_gflop_s": flop,
             "int8_gop_s": int8,
+            "tile_int8_gop_s": ceilings.tiles.map(|t| t.int8_op_s / 1e9),
+            "tile_bf16_gflop_s": ceilings.tiles.map(|t| t.bf16_flop_s / 1e9),
         }));
     }
     line(format_args!(
@@ -65,7 +67,14 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         here.join(", "),
         absent.join(", ")
     ))?;
+    let tiles = ceilings.tiles.map_or(String::new(), |t| {
+        format!(
+            "; tiles: int8 {:.0} Gop/s, bf16 {:.0} GFLOP/s",
+            t.int8_op_s / 1e9,
+            t.bf16_flop_s / 1e9
+        )
+    });
     line(format_args!(
-        "ceilings   read {read:.1} GB/s, f32 {flop:.0} GFLOP/s, int8 {int8:.0} Gop/s"
+        "ceilings   read {read:.1} GB/s, f32 {flop:.0} GFLOP/s, int8 {int8:.0} Gop/s{tiles}"
     ))
 }
