@@ -8,10 +8,12 @@ pub mod heads;
 
 // papers: first
 pub mod act;
+pub mod compresskv;
 pub mod entropy_abf;
 pub mod hydragen;
 pub mod jrt;
 pub mod kv_baselines;
+pub mod razor_attention;
 pub mod retrieval_heads;
 pub mod rope_scaling;
 // papers: last
@@ -20,12 +22,17 @@ pub mod rope_scaling;
 /// tests of combinations are made from it.
 pub const ALL: &[&dyn Method] = &[
     // methods: first
+    &compresskv::CompressKv,
     &entropy_abf::EntropyAbf,
     &jrt::Jrt,
     &rope_scaling::llama3::Llama3,
     &rope_scaling::ntk::NtkAware,
     &rope_scaling::parts::NtkByParts,
     &rope_scaling::pi::PositionInterpolation,
+    &kv_baselines::pyramidkv::PyramidKv,
+    &kv_baselines::random::Random,
+    &razor_attention::RazorAttention,
+    &kv_baselines::snapkv::SnapKv,
     &kv_baselines::StreamingLlm,
     &rope_scaling::yarn::Yarn,
     // methods: last

@@ -1,5 +1,9 @@
-//! Policies that others are measured against: simple rules about which rows of the cache stay.
+//! Policies that others are measured against: rules about which rows of the cache stay.
 
+pub mod pyramidkv;
+pub mod random;
+pub mod snapkv;
 mod streaming_llm;
+pub mod window;
 
 pub use streaming_llm::StreamingLlm;
