@@ -7,6 +7,7 @@ pub mod method;
 use std::path::Path;
 use std::sync::Arc;
 
+use antefix_attention::method::{Need, Program};
 use antefix_engine::{Beside, Budget, Engine, EngineError, Event, Options, RawJob, SeqId};
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
@@ -142,7 +143,15 @@ impl Traffic {
 
 /// Tokens that the prompt of `raw` may come to have: methods write documents several times.
 fn prompt_tokens(raw: &RawJob) -> usize {
-    let copies = if raw.documents.is_empty() { 1 } else { 5 };
+    let writes = |p: &std::sync::Arc<Program>| {
+        let mut cards = p.methods().iter().map(|(_, knobs)| knobs.card());
+        cards.any(|card| card.needs.contains(&Need::Documents))
+    };
+    let copies = if raw.program.as_ref().is_some_and(writes) {
+        5
+    } else {
+        1
+    };
     raw.tokens.len() * copies + 8
 }
 

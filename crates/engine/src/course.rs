@@ -34,6 +34,7 @@ pub(crate) struct Course {
     decider: Option<Decider>,
     /// Tokens of the prompt behind which the policy decides first.
     decide_at: usize,
+    prompt: usize,
     prompt_before: usize,
     edits: usize,
 }
@@ -68,6 +69,7 @@ impl Course {
             program,
             decider,
             decide_at,
+            prompt: job.tokens.len(),
             prompt_before: job.prompt_before,
             edits: 0,
         }
@@ -161,7 +163,8 @@ impl Course {
         self.edits += usize::from(edit.layers.iter().any(|l| *l != LayerEdit::KeepAll));
         let next = match decider.policy.every() {
             None => usize::MAX,
-            Some(n) => decider.next.saturating_add(n.get()),
+            // The tokens of a question that follows the first cut do not count.
+            Some(n) => decider.next.max(self.prompt).saturating_add(n.get()),
         };
         if let Some(decider) = &mut self.decider {
             decider.next = next;
