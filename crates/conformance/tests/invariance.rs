@@ -2,8 +2,10 @@
 //!
 //! `ANTEFIX_CASES=2000 cargo test --release -p antefix-conformance -- --nocapture` runs the long version.
 
+use std::sync::Arc;
+
 use antefix_conformance::{Traffic, engine, tiny};
-use antefix_engine::Budget;
+use antefix_engine::{Budget, Engine, Event, Job, Options, Pooling, RawJob, SeqId};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
 use antefix_models::testing::Rng;
@@ -84,4 +86,59 @@ fn a_cancelled_request_gives_its_pages_back() {
     assert!(engine.is_idle());
     engine.clear_cache();
     assert_eq!(engine.pool().stats().bytes_used, 0);
+}
+
+/// The vectors of `prompts` (tokens, how they are pooled), computed together after each other's prefixes were cached.
+fn vectors(engine: &mut Engine, prompts: &[(Vec<u32>, Pooling)]) -> Vec<Vec<u32>> {
+    let vocab = engine.model().spec().vocab;
+    let ids: Vec<SeqId> = prompts
+        .iter()
+        .map(|(tokens, pooling)| {
+            let raw = RawJob {
+                tokens: tokens.clone(),
+                pooling: Some(*pooling),
+                ..RawJob::default()
+            };
+            let job = Job::new(raw, vocab, engine.context()).expect("valid");
+            engine.submit(job).expect("it fits")
+        })
+        .collect();
+    let events = engine.run().expect("the model runs");
+    let vector = |id| {
+        let mine = events.iter().find_map(|e| match e {
+            Event::Pooled { id: i, vector } if *i == id => Some(vector),
+            _ => None,
+        });
+        mine.expect("one a job").iter().map(|x| x.to_bits()).collect()
+    };
+    ids.into_iter().map(vector).collect()
+}
+
+#[test]
+fn vectors_do_not_depend_on_cache_company_or_chunks() {
+    let (model, tokenizer) = tiny(Arch::Gemma3, Cpu::best(), 1);
+    let options = |rows| Options {
+        kv_bytes: 8 << 20,
+        context: 512,
+        budget: Budget {
+            rows,
+            ..Budget::default()
+        },
+    };
+    let new = |rows| Engine::new(Arc::clone(&model), Arc::clone(&tokenizer), options(rows));
+    let prompt = |n: u32| (0..n).map(|i| (i * 7 + 3) % 50).collect::<Vec<u32>>();
+    let prompts: Vec<_> = [1, 31, 32, 33, 100, 200]
+        .into_iter()
+        .flat_map(|n| [(prompt(n), Pooling::Mean), (prompt(n), Pooling::Last)])
+        .collect();
+    let mut busy = new(48);
+    let together = vectors(&mut busy, &prompts);
+    let cached = vectors(&mut busy, &prompts);
+    for (i, one) in prompts.iter().enumerate() {
+        let alone = vectors(&mut new(1000), std::slice::from_ref(one));
+        assert_eq!(together[i], alone[0], "{i}");
+        assert_eq!(cached[i], alone[0], "{i}, from the cache");
+    }
+    assert_ne!(together[10], together[11], "a mean is not the last");
+    assert_eq!(together[0], together[1], "of one token it is");
 }

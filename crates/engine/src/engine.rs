@@ -12,7 +12,7 @@ use antefix_state::PAGE_ROWS;
 
 use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabouts};
 use crate::course::{Course, MethodReport};
-use crate::job::{Job, JobError};
+use crate::job::{Job, JobError, Pooling};
 use crate::pace::{Pace, Work};
 use crate::sampler::{Sampler, log_probs};
 use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
@@ -52,14 +52,16 @@ pub enum EngineError {
 pub enum Done {
     /// The model's end token.
     EndToken,
-    /// A stop string.
-    StopString,
+    /// The stop string of this place in the request's list.
+    StopString(usize),
     /// `max_tokens` or the context.
     Length,
     /// [`Engine::cancel`].
     Cancelled,
     /// The step that it was part of failed.
     Failed,
+    /// Its constraint could not go on: its limits were used up, or no token could follow. Nothing is wrong with the engine.
+    Constraint,
 }
 
 /// What a request used.
@@ -87,6 +89,13 @@ pub enum Event {
         id: SeqId,
         /// One for each token but the first.
         logprobs: Vec<PromptLogprob>,
+    },
+    /// The prompt was computed and pooled, for a job with [`crate::RawJob::pooling`].
+    Pooled {
+        /// Whose.
+        id: SeqId,
+        /// `[d_model]`, not normalised.
+        vector: Vec<f32>,
     },
     /// A token was drawn.
     Token {
@@ -158,6 +167,8 @@ struct Seq {
     /// Tokens that its constraint has decided on and that are not part of the answer yet.
     forced: VecDeque<u32>,
     prompt_logprobs: Vec<PromptLogprob>,
+    /// Sum of the vectors to pool, `[d_model]`; f64, so that the mean of a long prompt is not one of its roundings.
+    pooled: Vec<f64>,
 }
 
 impl Seq {
@@ -177,6 +188,7 @@ impl Seq {
             stop: StopMatcher::new(job.stop.clone()),
             forced: VecDeque::new(),
             prompt_logprobs: Vec::new(),
+            pooled: Vec::new(),
             job,
         }
     }
@@ -206,14 +218,47 @@ impl Seq {
         }
     }
 
+    /// Its rows of a step.
+    fn input(&self, part: Part) -> Input<'_> {
+        let from = self.done();
+        Input {
+            tokens: &self.tokens[from..from + part.tokens],
+            kv: &self.kv.tail,
+            logits: self.wanted(part.tokens),
+            extra: Extra {
+                hooks: self.job.hooks.as_deref(),
+                ..self.course.extra(&self.kv)
+            },
+        }
+    }
+
     /// Of how many of its next `n` rows logits are read: all of the prompt's that are asked for, and the very last.
     fn wanted(&self, n: usize) -> usize {
         let from = self.done();
+        if self.job.pooling == Some(Pooling::Mean) {
+            return n;
+        }
         let missing = self.job.prompt_logprobs && self.prompt_logprobs.len() + 1 < self.prompt;
         match (missing, from + n == self.tokens.len()) {
             (true, _) => n,
             (false, ends) => usize::from(ends),
         }
+    }
+
+    /// Takes in the vectors `[rows, d_model]` of its next rows to pool; the pooled one when the prompt ends with them.
+    fn pool(&mut self, rows: &[f32], d_model: usize) -> Option<Vec<f32>> {
+        self.pooled.resize(d_model, 0.0);
+        for row in rows.chunks_exact(d_model) {
+            self.pooled
+                .iter_mut()
+                .zip(row)
+                .for_each(|(sum, &x)| *sum += f64::from(x));
+        }
+        let n = match self.job.pooling {
+            Some(Pooling::Mean) => self.prompt as f64,
+            _ => 1.0,
+        };
+        (self.done() >= self.prompt).then(|| self.pooled.iter().map(|sum| (sum / n) as f32).collect())
     }
 
     /// Takes in the logits of row `at`, whose next token is known.
@@ -461,30 +506,14 @@ impl Engine {
         let batch = schedule(&views, self.options.budget, &self.pace);
         self.make_room(&batch.parts)?;
         let (mut report, mut work) = (StepReport::default(), Work::default());
-        // Whoever lost its memory is not running any more and drops out of the batch.
-        let parts: Vec<(usize, Part)> = batch
-            .parts
-            .iter()
-            .filter_map(|p| self.running.iter().position(|s| s.id == p.id).map(|at| (at, *p)))
-            .collect();
+        self.step_pooled(&batch.parts, (&mut report, &mut work), events)?;
+        let parts = self.in_batch(&batch.parts, |job| job.pooling.is_none());
         if parts.is_empty() {
             return Ok(report);
         }
         let inputs: Vec<Input<'_>> = parts
             .iter()
-            .map(|(at, part)| {
-                let seq = &self.running[*at];
-                let from = seq.done();
-                Input {
-                    tokens: &seq.tokens[from..from + part.tokens],
-                    kv: &seq.kv.tail,
-                    logits: seq.wanted(part.tokens),
-                    extra: Extra {
-                        hooks: seq.job.hooks.as_deref(),
-                        ..seq.course.extra(&seq.kv)
-                    },
-                }
-            })
+            .map(|(at, part)| self.running[*at].input(*part))
             .collect();
         self.logits.clear();
         let ran = self
@@ -546,6 +575,61 @@ impl Engine {
         }
         self.pace.learn(&work, started.elapsed().as_secs_f64());
         Ok(report)
+    }
+
+    /// The sequences of `parts` whose jobs are `like` this. Whoever lost its memory is not running any more and drops out.
+    fn in_batch(&self, parts: &[Part], like: impl Fn(&Job) -> bool) -> Vec<(usize, Part)> {
+        let position = |p: &Part| {
+            let at = self.running.iter().position(|s| s.id == p.id)?;
+            like(&self.running[at].job).then_some((at, *p))
+        };
+        parts.iter().filter_map(position).collect()
+    }
+
+    /// Runs those of `parts` that want a vector of their prompt: the output matrix, most of a small model, is not applied.
+    fn step_pooled(
+        &mut self,
+        parts: &[Part],
+        (report, work): (&mut StepReport, &mut Work),
+        events: &mut Vec<Event>,
+    ) -> Result<(), EngineError> {
+        let parts = self.in_batch(parts, |job| job.pooling.is_some());
+        if parts.is_empty() {
+            return Ok(());
+        }
+        let inputs: Vec<Input<'_>> = parts
+            .iter()
+            .map(|(at, part)| self.running[*at].input(*part))
+            .collect();
+        let wanted: Vec<usize> = inputs.iter().map(|i| i.logits).collect();
+        let mut hidden = Vec::new();
+        let ran = self
+            .model
+            .hidden(&mut self.pool, &inputs, &mut self.scratch, &mut hidden);
+        drop(inputs);
+        if let Err(error) = ran {
+            let failed: Vec<SeqId> = parts.iter().map(|p| p.1.id).collect();
+            self.end_all(|s| failed.contains(&s.id).then_some(Done::Failed), events);
+            return Err(error.into());
+        }
+        let d = self.model.spec().d_model;
+        let mut rows = hidden.as_slice();
+        let mut ended = Vec::new();
+        for ((at, part), wanted) in parts.into_iter().zip(wanted) {
+            let (mine, rest) = rows.split_at(wanted * d);
+            rows = rest;
+            let seq = &mut self.running[at];
+            report.prompt_rows += part.tokens;
+            work.add(part.tokens, seq.done(), false);
+            *self.used.entry(seq.job.tenant).or_default() += part.tokens as u64;
+            seq.kv.tail.commit(part.tokens);
+            if let Some(vector) = seq.pool(mine, d) {
+                events.push(Event::Pooled { id: seq.id, vector });
+                ended.push(seq.id);
+            }
+        }
+        self.end_all(|s| ended.contains(&s.id).then_some(Done::Length), events);
+        Ok(())
     }
 
     /// Steps until nothing is left.
@@ -720,6 +804,7 @@ impl Engine {
         seq.course.restart();
         seq.prompt_logprobs.clear();
         seq.looked_below = seq.job.no_cache || seq.job.recompute();
+        seq.pooled.clear();
         self.preempted += 1;
         self.waiting.push(seq);
     }
@@ -754,12 +839,12 @@ impl Engine {
 
     fn end(&mut self, mut seq: Seq, done: Done, events: &mut Vec<Event>) {
         let text = match done {
-            Done::StopString => String::new(),
+            Done::StopString(_) => String::new(),
             _ => {
                 let tail = seq.decoder.flush();
                 match seq.stop.push(&tail) {
                     Stopped::Go(text) => text + &seq.stop.finish(),
-                    Stopped::Stop(text) => text,
+                    Stopped::Stop(text, _) => text,
                 }
             }
         };
@@ -839,12 +924,12 @@ fn accept(
             masked.clear();
             masked.extend_from_slice(logits);
             if let Err(_failed) = constraint.0.mask(masked) {
-                return Some(Done::Failed);
+                return Some(Done::Constraint);
             }
             let token = seq.sampler.draw(masked, &seq.tokens);
             if !tokenizer.is_end(token) {
                 if let Err(_failed) = constraint.0.commit(token) {
-                    return Some(Done::Failed);
+                    return Some(Done::Constraint);
                 }
                 seq.forced.extend(constraint.0.forced());
             }
@@ -883,8 +968,8 @@ fn push(
         seq.decoder.push(tokenizer, token)
     };
     let (text, stopped) = match seq.stop.push(&piece.unwrap_or_default()) {
-        Stopped::Go(text) => (text, false),
-        Stopped::Stop(text) => (text, true),
+        Stopped::Go(text) => (text, None),
+        Stopped::Stop(text, which) => (text, Some(which)),
     };
     events.push(Event::Token {
         id: seq.id,
@@ -896,8 +981,8 @@ fn push(
     });
     if is_end {
         Some(Done::EndToken)
-    } else if stopped {
-        Some(Done::StopString)
+    } else if let Some(which) = stopped {
+        Some(Done::StopString(which))
     } else if generated >= seq.job.max_tokens {
         Some(Done::Length)
     } else {

@@ -14,6 +14,15 @@ use crate::tail::Tail;
 /// Alternatives that a request may ask for beside each token.
 pub const MAX_TOP_LOGPROBS: usize = 64;
 
+/// How the vectors of a prompt's tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// The last token's: it has seen all others.
+    Last,
+    /// Their mean.
+    Mean,
+}
+
 /// What a caller asks for; nothing is trusted.
 #[derive(Debug, Clone, Default)]
 pub struct RawJob {
@@ -56,6 +65,9 @@ pub struct RawJob {
     /// The cache policy decides behind the last document, and the question is computed on what it left; otherwise it decides behind
     /// the whole prompt, and knows the question.
     pub question_after_cut: bool,
+    /// Instead of an answer, one vector of the prompt: what the output matrix would be applied to, pooled. The mean needs every
+    /// token's: the whole prompt is then computed, cached or not.
+    pub pooling: Option<Pooling>,
 }
 
 /// Why a request cannot run.
@@ -155,6 +167,7 @@ pub struct Job {
     pub(crate) decide_at: usize,
     /// The queries that its cache policy sees.
     pub(crate) tail: Option<Arc<Tail>>,
+    pub(crate) pooling: Option<Pooling>,
 }
 
 impl Job {
@@ -162,6 +175,7 @@ impl Job {
     pub(crate) fn recompute(&self) -> bool {
         self.prompt_logprobs
             || self.program.sees_all()
+            || self.pooling == Some(Pooling::Mean)
             || self.hooks.as_ref().is_some_and(|h| h.plan().recompute())
     }
 
@@ -181,7 +195,11 @@ impl Job {
         if let Some(&token) = raw.tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(JobError::Token { token, vocab });
         }
-        let max_tokens = raw.max_tokens.unwrap_or(usize::MAX).min(context - prompt);
+        let asked = match raw.pooling {
+            Some(_) => 1, // a place that stays empty
+            None => raw.max_tokens.unwrap_or(usize::MAX),
+        };
+        let max_tokens = asked.min(context - prompt);
         if max_tokens == 0 {
             return Err(JobError::NoTokens);
         }
@@ -212,6 +230,7 @@ impl Job {
             prompt_before: prompt,
             decide_at: prompt,
             tail: None,
+            pooling: raw.pooling,
         })
     }
 }

@@ -21,7 +21,7 @@ pub use cache::{CacheOptions, CacheStats, IdentityError, PinError, Whereabouts, 
 pub use constraint::{BoxedConstraint, Constraint, ConstraintFailed};
 pub use course::MethodReport;
 pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
-pub use job::{Job, JobError, MAX_TOP_LOGPROBS, RawJob};
+pub use job::{Job, JobError, MAX_TOP_LOGPROBS, Pooling, RawJob};
 pub use pace::{Pace, Work};
 pub use reuse::{Library, Provenance, ReuseError};
 pub use sampler::{RawSampling, Sampler, Sampling, SamplingError, argmax, log_softmax_at};

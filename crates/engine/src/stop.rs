@@ -3,7 +3,8 @@
 /// Holds back text that could still turn into one of the stop strings.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StopMatcher {
-    stops: Vec<String>,
+    /// With their places in the request.
+    stops: Vec<(usize, String)>,
     held: String,
 }
 
@@ -12,15 +13,19 @@ pub(crate) struct StopMatcher {
 pub(crate) enum Stopped {
     /// Safe to show; may be empty.
     Go(String),
-    /// A stop string came: show this and end. The stop string itself is not shown.
-    Stop(String),
+    /// The stop string of this place in the request came: show the text and end. The stop string itself is not shown.
+    Stop(String, usize),
 }
 
 impl StopMatcher {
     /// Empty strings are ignored.
     pub(crate) fn new(stops: Vec<String>) -> Self {
         Self {
-            stops: stops.into_iter().filter(|s| !s.is_empty()).collect(),
+            stops: stops
+                .into_iter()
+                .enumerate()
+                .filter(|s| !s.1.is_empty())
+                .collect(),
             held: String::new(),
         }
     }
@@ -28,14 +33,15 @@ impl StopMatcher {
     /// Takes the next piece of text in.
     pub(crate) fn push(&mut self, piece: &str) -> Stopped {
         self.held.push_str(piece);
-        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+        let found = |(i, stop): &(usize, String)| self.held.find(stop.as_str()).map(|at| (at, *i));
+        if let Some((at, which)) = self.stops.iter().filter_map(found).min() {
             self.held.truncate(at);
-            return Stopped::Stop(std::mem::take(&mut self.held));
+            return Stopped::Stop(std::mem::take(&mut self.held), which);
         }
         let keep = self
             .stops
             .iter()
-            .map(|s| overlap(&self.held, s))
+            .map(|(_, s)| overlap(&self.held, s))
             .max()
             .unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
@@ -61,32 +67,33 @@ fn overlap(text: &str, stop: &str) -> usize {
 mod tests {
     use super::*;
 
-    fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+    /// What is shown, and which stop string ended it.
+    fn run(stops: &[&str], pieces: &[&str]) -> (String, Option<usize>) {
         let mut m = StopMatcher::new(stops.iter().map(ToString::to_string).collect());
         let mut shown = String::new();
         for p in pieces {
             match m.push(p) {
                 Stopped::Go(s) => shown += &s,
-                Stopped::Stop(s) => return (shown + &s, true),
+                Stopped::Stop(s, which) => return (shown + &s, Some(which)),
             }
         }
-        (shown + &m.finish(), false)
+        (shown + &m.finish(), None)
     }
 
     #[test]
     fn a_stop_string_split_over_pieces_is_found() {
-        assert_eq!(run(&["<end>"], &["ab<", "en", "d>cd"]), ("ab".into(), true));
+        assert_eq!(run(&["<end>"], &["ab<", "en", "d>cd"]), ("ab".into(), Some(0)));
     }
 
     #[test]
     fn a_false_start_is_let_out() {
-        assert_eq!(run(&["<end>"], &["ab<en", "ough"]), ("ab<enough".into(), false));
-        assert_eq!(run(&["aab"], &["a", "a", "a", "b!"]), ("a".into(), true));
+        assert_eq!(run(&["<end>"], &["ab<en", "ough"]), ("ab<enough".into(), None));
+        assert_eq!(run(&["aab"], &["a", "a", "a", "b!"]), ("a".into(), Some(0)));
     }
 
     #[test]
     fn the_earliest_of_several_wins_and_characters_stay_whole() {
-        assert_eq!(run(&["é!", "ß"], &["né", "ß!"]), ("né".into(), true));
-        assert_eq!(run(&[""], &["x"]), ("x".into(), false));
+        assert_eq!(run(&["é!", "", "ß"], &["né", "ß!"]), ("né".into(), Some(2)));
+        assert_eq!(run(&[""], &["x"]), ("x".into(), None));
     }
 }

@@ -108,7 +108,7 @@ impl Host for EngineHost {
             self.engine.step(&mut events).map_err(words)?;
             for event in events.drain(..) {
                 match event {
-                    Event::Prompt { .. } => {}
+                    Event::Prompt { .. } | Event::Pooled { .. } => {}
                     Event::Token { token, logits, .. } => {
                         first.get_or_insert_with(Instant::now);
                         told.tokens.push(token);

@@ -42,6 +42,12 @@ pub struct KeyConfig {
     /// `n` at most.
     #[serde(default)]
     pub n: Option<usize>,
+    /// Bytes of a request's body at most, if less than the server's limit.
+    #[serde(default)]
+    pub body_bytes: Option<usize>,
+    /// Whether it opens the admin listener's routes, too.
+    #[serde(default)]
+    pub admin: bool,
 }
 
 impl std::fmt::Debug for KeyConfig {
@@ -76,6 +82,8 @@ pub(crate) struct Tenant {
     group: String,
     pub(crate) max_tokens: Option<usize>,
     pub(crate) n: Option<usize>,
+    pub(crate) body_bytes: Option<usize>,
+    pub(crate) admin: bool,
     digest: [u8; 32],
     requests: Option<DefaultDirectRateLimiter>,
     tokens: Option<DefaultDirectRateLimiter>,
@@ -104,6 +112,8 @@ impl Tenant {
                 .unwrap_or_else(|| format!("key {}", config.name)),
             max_tokens: config.max_tokens,
             n: config.n,
+            body_bytes: config.body_bytes,
+            admin: config.admin,
             digest,
             requests: per_minute(config.requests_per_minute),
             tokens: per_minute(config.tokens_per_minute),
@@ -200,6 +210,11 @@ impl Tenants {
             Arc::new(Tenant::open(0, &config, [0; 32]))
         });
         Ok(Self { anybody, tenants })
+    }
+
+    /// Whether only keys are let in.
+    pub(crate) fn need_keys(&self) -> bool {
+        self.anybody.is_none()
     }
 
     /// Whose key the request bears: digests are compared, in constant time and with all of them.

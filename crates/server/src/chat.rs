@@ -2,26 +2,29 @@
 
 use std::sync::Arc;
 
-use antefix_engine::Done;
 use antefix_models::documents;
 use antefix_models::template::Message;
 use antefix_models::tokenizer::Tokenizer;
 use axum::Json;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use crate::auth::Tenant;
 use crate::error::ApiError;
 use crate::methods::note;
+use crate::openapi::answers::ChatCompletion;
+use crate::routes::{Body, Caller, Shared};
 use crate::state::{App, now};
 use crate::stream;
 use crate::tools::{self, Piece, Splitter, ToolChoice};
-use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
+use crate::wish::{Answer, Knobs, Reports, Running, failure, finish_reason, total, unknown};
 use crate::worker::{Drawn, Happened};
 
 /// A chat request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct ChatRequest {
     messages: Vec<ChatMessage>,
     #[serde(flatten)]
@@ -30,23 +33,28 @@ pub(crate) struct ChatRequest {
     logprobs: Option<bool>,
     top_logprobs: Option<usize>,
     tools: Option<Vec<Value>>,
+    /// `auto`, `none`, `required`, or an object that names a function.
     tool_choice: Option<Value>,
+    /// False: one call at most.
+    parallel_tool_calls: Option<bool>,
     #[serde(flatten)]
+    #[schema(ignore)]
     extra: Map<String, Value>,
 }
 
 /// One message as clients send it.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 pub(crate) struct ChatMessage {
     role: String,
     #[serde(default)]
     content: Option<Content>,
     #[serde(flatten)]
+    #[schema(ignore)]
     extra: Map<String, Value>,
 }
 
 /// The content of a message: OpenAI calls its pieces parts, Anthropic blocks.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub(crate) enum Content {
     Text(String),
@@ -145,7 +153,7 @@ fn token_json(tokenizer: &Tokenizer, token: u32, logprob: f32) -> Value {
 }
 
 /// OpenAI's `logprobs.content` entry of one token.
-fn logprob_json(tokenizer: &Tokenizer, drawn: &Drawn) -> Value {
+pub(crate) fn logprob_json(tokenizer: &Tokenizer, drawn: &Drawn) -> Value {
     let mut entry = token_json(tokenizer, drawn.token, drawn.logprob.unwrap_or(f32::NEG_INFINITY));
     let top: Vec<Value> = drawn
         .top
@@ -165,14 +173,39 @@ struct Form {
     calls: bool,
     /// The prompt ends inside a call.
     opened: bool,
+    /// Calls at most.
+    most_calls: usize,
     usage: bool,
 }
 
-pub(crate) async fn answer(
-    app: Arc<App>,
-    tenant: Arc<Tenant>,
-    request: ChatRequest,
+/// How many calls an answer may make.
+pub(crate) fn most_calls(parallel: Option<bool>) -> usize {
+    match parallel {
+        Some(false) => 1,
+        _ => usize::MAX,
+    }
+}
+
+/// An answer to a conversation.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions",
+    tag = "generate",
+    request_body = ChatRequest,
+    responses((status = 200, description = "OpenAI's chat completion; with `stream` its chunks as events", content(
+        (ChatCompletion = "application/json"),
+        (String = "text/event-stream"),
+    ))),
+)]
+pub(crate) async fn create(
+    State(app): Shared,
+    Caller(tenant): Caller,
+    Body(request): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
+    answer(app, tenant, request).await
+}
+
+async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: ChatRequest) -> Result<Response, ApiError> {
     let ignored = unknown(&request.extra, app.strict)?;
     let asked = request.knobs.asked(&app.offer)?;
     let mut messages = plain(request.messages)?;
@@ -230,6 +263,7 @@ pub(crate) async fn answer(
         logprobs: reports.logprobs,
         calls: tools.is_some(),
         opened: forced.is_some(),
+        most_calls: most_calls(request.parallel_tool_calls),
         usage: request.knobs.wants_usage(),
     };
     let mut response = match request.knobs.streams() {
@@ -246,7 +280,7 @@ pub(crate) async fn answer(
 fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
     let choice = |(index, answer): (usize, &Answer)| {
         let (text, calls) = match form.calls {
-            true => parts(app, &answer.text, form.opened),
+            true => parts(app, &answer.text, form),
             false => (answer.text.clone(), Vec::new()),
         };
         let mut message = json!({"role": "assistant", "content": text});
@@ -296,14 +330,17 @@ fn stand_before(messages: &mut [Message]) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn parts(app: &App, text: &str, opened: bool) -> (String, Vec<Value>) {
-    let mut splitter = Splitter::new(opened);
+fn parts(app: &App, text: &str, form: &Form) -> (String, Vec<Value>) {
+    let mut splitter = Splitter::new(form.opened);
     let pieces = splitter.push(text).into_iter().chain(splitter.finish());
     let (mut plain, mut calls) = (String::new(), Vec::new());
     for piece in pieces {
         match piece {
             Piece::Text(text) => plain.push_str(&text),
             Piece::Call(call) => calls.push(call.openai(&app.id("call"))),
+        }
+        if calls.len() == form.most_calls {
+            break;
         }
     }
     (plain.trim_end().to_string(), calls)
@@ -332,7 +369,6 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
             chunk
         };
         // The client is gone when nobody receives: the generation is dropped with this task and cancelled.
-        let send = |value: &Value| lines.send(value);
         let mut choices: Vec<Choice> = (0..n)
             .map(|_| Choice {
                 splitter: Splitter::new(form.opened),
@@ -340,12 +376,8 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
             })
             .collect();
         for index in 0..n {
-            if !send(&chunk(
-                index,
-                json!({"role": "assistant", "content": ""}),
-                Value::Null,
-                None,
-            )) {
+            let first = json!({"role": "assistant", "content": ""});
+            if !lines.send(&chunk(index, first, Value::Null, None)).await {
                 return;
             }
         }
@@ -358,7 +390,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
             let choice = &mut choices[index];
             let mut method = None;
             let (text, logprobs, end) = match happened {
-                Happened::Prompt(_) => continue,
+                Happened::Prompt(_) | Happened::Pooled(_) => continue,
                 Happened::Token(drawn) => {
                     let logprobs = match form.logprobs {
                         true => json!({"content": [logprob_json(app.tokenizer(), &drawn)], "refusal": null}),
@@ -377,8 +409,8 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                     (text, Value::Null, Some(done))
                 }
             };
-            if end == Some(Done::Failed) {
-                send(&failed().body());
+            if let Some(error) = end.and_then(failure) {
+                lines.send(&error.body()).await;
                 return;
             }
             let mut pieces = match form.calls {
@@ -394,6 +426,9 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                 pieces.push(Piece::Text(String::new()));
             }
             for piece in pieces {
+                if choice.calls == form.most_calls {
+                    break;
+                }
                 let delta = match piece {
                     Piece::Text(text) => json!({"content": text}),
                     Piece::Call(call) => {
@@ -403,7 +438,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                         json!({"tool_calls": [value]})
                     }
                 };
-                if !send(&chunk(index, delta, logprobs.take(), None)) {
+                if !lines.send(&chunk(index, delta, logprobs.take(), None)).await {
                     return;
                 }
             }
@@ -414,7 +449,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                 };
                 let mut last = chunk(index, json!({}), Value::Null, Some(reason));
                 note(&mut last, method.as_deref());
-                if !send(&last) {
+                if !lines.send(&last).await {
                     return;
                 }
             }
@@ -423,8 +458,8 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
             let mut last = chunk(0, json!({}), Value::Null, None);
             last["choices"] = json!([]);
             last["usage"] = usage_json(total(&usages, n));
-            send(&last);
+            lines.send(&last).await;
         }
-        lines.done();
+        lines.done().await;
     })
 }

@@ -2,34 +2,54 @@
 
 use std::sync::Arc;
 
-use antefix_engine::{Done, PromptLogprob};
+use antefix_engine::PromptLogprob;
 use antefix_models::documents;
 use axum::Json;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use crate::auth::Tenant;
 use crate::chat::usage_json;
 use crate::error::ApiError;
 use crate::methods::note;
+use crate::openapi::answers::Completion;
+use crate::routes::{Body, Caller, Shared};
 use crate::state::{App, now};
 use crate::stream;
-use crate::wish::{Answer, Knobs, Reports, Running, failed, finish_reason, total, unknown};
+use crate::wish::{Answer, Knobs, Reports, Running, failure, finish_reason, total, unknown};
 use crate::worker::{Drawn, Happened};
 
 /// A text, several, token ids, or several lists of them.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
-enum Prompt {
+pub(crate) enum Prompt {
     Text(String),
     Ids(Vec<u32>),
     Texts(Vec<String>),
     IdLists(Vec<Vec<u32>>),
 }
 
+impl Prompt {
+    /// The tokens of each text of the field `param`.
+    pub(crate) fn tokens(self, app: &App, param: &str) -> Result<Vec<Vec<u32>>, ApiError> {
+        let lists = match self {
+            Self::Text(text) => vec![app.tokenizer().encode_prompt(&text)],
+            Self::Ids(ids) => vec![ids],
+            Self::Texts(texts) => texts.iter().map(|t| app.tokenizer().encode_prompt(t)).collect(),
+            Self::IdLists(lists) => lists,
+        };
+        match lists.is_empty() || lists.iter().any(Vec::is_empty) {
+            true => Err(ApiError::param(param, format!("`{param}` is empty"))),
+            false => Ok(lists),
+        }
+    }
+}
+
 /// A legacy request.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct CompletionRequest {
     prompt: Prompt,
     #[serde(flatten)]
@@ -39,6 +59,7 @@ pub(crate) struct CompletionRequest {
     best_of: Option<usize>,
     suffix: Option<String>,
     #[serde(flatten)]
+    #[schema(ignore)]
     extra: Map<String, Value>,
 }
 
@@ -138,7 +159,26 @@ impl Form {
     }
 }
 
-pub(crate) async fn answer(
+/// A continuation of a text.
+#[utoipa::path(
+    post,
+    path = "/v1/completions",
+    tag = "generate",
+    request_body = CompletionRequest,
+    responses((status = 200, description = "OpenAI's text completion; with `stream` its chunks as events", content(
+        (Completion = "application/json"),
+        (String = "text/event-stream"),
+    ))),
+)]
+pub(crate) async fn create(
+    State(app): Shared,
+    Caller(tenant): Caller,
+    Body(request): Body<CompletionRequest>,
+) -> Result<Response, ApiError> {
+    answer(app, tenant, request).await
+}
+
+async fn answer(
     app: Arc<App>,
     tenant: Arc<Tenant>,
     request: CompletionRequest,
@@ -158,18 +198,10 @@ pub(crate) async fn answer(
             ));
         }
     };
-    let prompts: Vec<Vec<u32>> = match request.prompt {
-        Prompt::Text(_) if with_documents.is_some() => {
-            with_documents.iter().map(|p| p.tokens.clone()).collect()
-        }
-        Prompt::Text(text) => vec![app.tokenizer().encode_prompt(&text)],
-        Prompt::Ids(ids) => vec![ids],
-        Prompt::Texts(texts) => texts.iter().map(|t| app.tokenizer().encode_prompt(t)).collect(),
-        Prompt::IdLists(lists) => lists,
+    let prompts: Vec<Vec<u32>> = match &with_documents {
+        Some(prompt) => vec![prompt.tokens.clone()],
+        None => request.prompt.tokens(&app, "prompt")?,
     };
-    if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
-        return Err(ApiError::param("prompt", "`prompt` is empty"));
-    }
     let top = request.logprobs.unwrap_or(0);
     let reports = Reports {
         logprobs: request.logprobs.is_some(),
@@ -278,7 +310,6 @@ fn whole(app: &App, form: &Form, answers: Vec<Answer>, n: usize, best_of: usize,
 
 fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Response {
     stream::respond(async move |lines| {
-        let send = |value: &Value| lines.send(value);
         let sequences = running.generation.open;
         let mut usages = vec![antefix_engine::Usage::default(); sequences];
         let mut offsets = vec![0; sequences];
@@ -288,7 +319,10 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
         };
         if form.echo && !form.logprobs {
             for index in 0..sequences {
-                if !send(&piece(index, form.echoed(&app, index / n), None, None)) {
+                if !lines
+                    .send(&piece(index, form.echoed(&app, index / n), None, None))
+                    .await
+                {
                     return;
                 }
             }
@@ -298,18 +332,14 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                 return;
             };
             let Some((index, happened)) = next else { break };
-            let sent = match happened {
+            let next = match happened {
                 Happened::Prompt(scores) => {
                     let mut lists = Logprobs::new(&app, 0);
                     lists.prompt(&form.prompts[index / n], &scores);
                     offsets[index] = lists.offset;
-                    send(&piece(
-                        index,
-                        form.echoed(&app, index / n),
-                        Some(lists.json()),
-                        None,
-                    ))
+                    piece(index, form.echoed(&app, index / n), Some(lists.json()), None)
                 }
+                Happened::Pooled(_) => continue,
                 Happened::Token(drawn) => {
                     let logprobs = form.logprobs.then(|| {
                         let mut lists = Logprobs::new(&app, offsets[index]);
@@ -317,14 +347,10 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                         offsets[index] = lists.offset;
                         lists.json()
                     });
-                    (drawn.text.is_empty() && logprobs.is_none())
-                        || send(&piece(index, drawn.text, logprobs, None))
-                }
-                Happened::End {
-                    done: Done::Failed, ..
-                } => {
-                    send(&failed().body());
-                    return;
+                    if drawn.text.is_empty() && logprobs.is_none() {
+                        continue;
+                    }
+                    piece(index, drawn.text, logprobs, None)
                 }
                 Happened::End {
                     done,
@@ -332,19 +358,25 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                     usage,
                     method,
                 } => {
+                    if let Some(error) = failure(done) {
+                        lines.send(&error.body()).await;
+                        return;
+                    }
                     usages[index] = usage;
                     let mut last = piece(index, text, None, Some(finish_reason(done)));
                     note(&mut last, method.as_deref());
-                    send(&last)
+                    last
                 }
             };
-            if !sent {
+            if !lines.send(&next).await {
                 return;
             }
         }
         if form.usage {
-            send(&form.object(Vec::new(), Some(usage_json(total(&usages, n)))));
+            lines
+                .send(&form.object(Vec::new(), Some(usage_json(total(&usages, n)))))
+                .await;
         }
-        lines.done();
+        lines.done().await;
     })
 }

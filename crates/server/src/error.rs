@@ -6,9 +6,29 @@ use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 use crate::worker::Refused;
+
+/// OpenAI's shape of an error.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct ErrorBody<'a> {
+    error: ErrorDetail<'a>,
+}
+
+/// What went wrong.
+#[derive(Serialize, ToSchema)]
+struct ErrorDetail<'a> {
+    /// For people; the second line may hold a hint.
+    message: &'a str,
+    #[serde(rename = "type")]
+    kind: &'a str,
+    /// The field that is to blame.
+    param: Option<&'a str>,
+    code: Option<&'a str>,
+}
 
 /// Something a request cannot have.
 #[derive(Debug, Clone)]
@@ -69,6 +89,10 @@ impl ApiError {
         }
     }
 
+    pub(crate) fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
     pub(crate) fn not_found(message: impl Into<String>, code: &'static str) -> Self {
         Self {
             code: Some(code),
@@ -97,7 +121,14 @@ impl ApiError {
 
     /// OpenAI's shape.
     pub(crate) fn body(&self) -> Value {
-        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+        json!(ErrorBody {
+            error: ErrorDetail {
+                message: &self.message,
+                kind: self.kind,
+                param: self.param.as_deref(),
+                code: self.code,
+            },
+        })
     }
 
     /// Anthropic's shape.

@@ -3,28 +3,39 @@
 //! [`Server::start`] loads nothing and listens to nothing: it takes a model that is loaded, starts the engine's thread and hands
 //! out the routes, which tests call without a socket and [`Server::serve`] puts on one.
 
+mod about;
+mod admin;
 mod auth;
+mod cache;
 mod chat;
 mod completions;
+mod embeddings;
 mod error;
+mod guard;
 mod messages;
 mod meters;
 mod methods;
+mod net;
+mod openapi;
+mod page;
 mod pins;
+mod remembered;
 #[cfg(feature = "remote-cache")]
 mod remote;
+mod responses;
 mod retention;
 mod routes;
 mod state;
 mod stream;
 mod tiers;
+mod tokens;
 mod tools;
 mod wish;
 mod worker;
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use antefix_engine::{Engine, Options};
@@ -38,6 +49,8 @@ use tokio::net::TcpListener;
 
 pub use auth::{KeyConfig, KeyError};
 pub use methods::Offer;
+pub use net::ClientLimits;
+pub use remembered::RememberLimits;
 pub use tiers::{CacheConfig, DiskConfig, RemoteConfig};
 pub use worker::Limits;
 
@@ -61,8 +74,14 @@ pub struct Config {
     pub strict: bool,
     /// Bytes of a request's body at most.
     pub body_bytes: usize,
-    /// How long a client may pause while it sends one.
+    /// How long a client may take to send one.
     pub body_timeout: Duration,
+    /// What clients may cost before they are answered.
+    pub clients: ClientLimits,
+    /// Answers that `/v1/responses` can go on from.
+    pub remember: RememberLimits,
+    /// Names of this server beside loopback addresses; without keys it answers to no other.
+    pub hosts: Vec<String>,
     /// How long running requests may go on after the server was told to end.
     pub drain: Duration,
     /// What is cached, and where.
@@ -123,6 +142,10 @@ impl Server {
             strict: config.strict,
             offer: config.offer.clone(),
             facts: model.facts(),
+            body_bytes: config.body_bytes,
+            body_timeout: config.body_timeout,
+            hosts: config.hosts.clone(),
+            remembered: Mutex::new(remembered::Remembered::new(config.remember)),
             tenants,
             worker,
             meters,
@@ -136,11 +159,13 @@ impl Server {
 
     /// The routes.
     pub fn app(&self) -> Router {
-        routes::router(
-            Arc::clone(&self.app),
-            self.config.body_bytes,
-            self.config.body_timeout,
-        )
+        routes::router(Arc::clone(&self.app))
+    }
+
+    /// The routes of whoever runs the server. With keys they need one with [`KeyConfig::admin`]; without, the listener must be
+    /// a loopback one.
+    pub fn admin_app(&self) -> Router {
+        routes::admin_router(Arc::clone(&self.app))
     }
 
     /// Runs `look` on the engine between two steps; nothing if the engine's thread is gone.
@@ -162,20 +187,24 @@ impl Server {
         }
     }
 
-    /// Serves `listener` until `stop` resolves, then lets running requests end for at most [`Config::drain`].
-    ///
-    /// # Errors
-    /// When the socket fails.
+    /// Serves `listener`, and [`Server::admin_app`] on `admin`, until `stop` resolves, then lets running requests end for at most
+    /// [`Config::drain`].
     pub async fn serve(
         self,
         listener: TcpListener,
+        admin: Option<TcpListener>,
         stop: impl Future<Output = ()> + Send + 'static,
-    ) -> Result<(), ServerError> {
+    ) {
         let app = Arc::clone(&self.app);
         let drain = self.config.drain;
         let (drained, wait) = tokio::sync::oneshot::channel();
         let closing = Arc::clone(&self.app);
-        let serving = axum::serve(listener, self.app()).with_graceful_shutdown(async move {
+        if let Some(admin) = admin {
+            // It ends with the process: what it serves is short.
+            let forever = std::future::pending();
+            tokio::spawn(net::serve(admin, self.admin_app(), self.config.clients, forever));
+        }
+        let serving = net::serve(listener, self.app(), self.config.clients, async move {
             stop.await;
             tracing::info!("closing: running requests may end");
             closing.worker.close();
@@ -192,11 +221,10 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(100)).await;
         };
         tokio::select! {
-            done = serving => done?,
+            () = serving => {}
             () = deadline => {}
         }
         self.close().await;
-        Ok(())
     }
 }
 

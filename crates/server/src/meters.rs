@@ -167,7 +167,7 @@ impl Meters {
         );
         r.register(
             "antefix_requests_failed",
-            "Sequences lost to a failed step",
+            "Sequences lost to a failed step or constraint",
             m.failed.clone(),
         );
         r.register(
@@ -305,7 +305,7 @@ impl Meters {
     pub(crate) fn ended(&self, done: Done, usage: Usage, after: Duration) {
         match done {
             Done::Cancelled => drop(self.cancelled.inc()),
-            Done::Failed => drop(self.failed.inc()),
+            Done::Failed | Done::Constraint => drop(self.failed.inc()),
             _ => {
                 self.finished.inc();
                 self.e2e.observe(after.as_secs_f64());

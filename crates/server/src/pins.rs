@@ -5,10 +5,18 @@ use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};
 
+use crate::cache::{LookupRequest, gone};
 use crate::error::ApiError;
-use crate::routes::{Body, Caller, LookupRequest, Shared, gone};
+use crate::routes::{Body, Caller, Shared};
 
 /// Keeps what is cached of a prompt in memory until it is unpinned; send the prompt first, with `max_tokens` 1.
+#[utoipa::path(
+    post,
+    path = "/v1/cache/pin",
+    tag = "cache",
+    request_body = LookupRequest,
+    responses((status = 200, description = "`tokens`, `pinned_tokens`", body = Object)),
+)]
 pub(crate) async fn pin(
     State(app): Shared,
     Caller(tenant): Caller,
@@ -24,6 +32,13 @@ pub(crate) async fn pin(
 }
 
 /// Takes one pin off a prompt.
+#[utoipa::path(
+    post,
+    path = "/v1/cache/unpin",
+    tag = "cache",
+    request_body = LookupRequest,
+    responses((status = 200, description = "`tokens`, `unpinned_tokens`", body = Object)),
+)]
 pub(crate) async fn unpin(
     State(app): Shared,
     Caller(tenant): Caller,

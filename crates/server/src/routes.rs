@@ -1,41 +1,60 @@
-//! The routes, and those that do not generate.
+//! Which path leads where, and what every request passes through.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use antefix_attention::method;
-use antefix_models::tokenizer::Specials;
-use antefix_state::PAGE_ROWS;
-use axum::extract::{FromRequest, FromRequestParts, Query, Request, State};
+use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderName, StatusCode};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::{Json, Router};
-use serde::Deserialize;
+use http_body_util::Limited;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::limit::RequestBodyLimitLayer;
-use tower_http::timeout::RequestBodyTimeoutLayer;
+use tower_http::request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer};
 use tower_http::trace::TraceLayer;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::auth::Tenant;
-use crate::chat::{self, ChatMessage, ChatRequest};
-use crate::completions::{self, CompletionRequest};
 use crate::error::ApiError;
-use crate::messages::{self, CountRequest, MessagesRequest};
-use crate::pins;
 use crate::state::App;
+use crate::{
+    about, admin, cache, chat, completions, embeddings, guard, messages, openapi, page, pins, responses,
+    tokens,
+};
 
 /// A JSON body whose refusal has OpenAI's shape.
 pub(crate) struct Body<T>(pub(crate) T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned> FromRequest<Arc<App>> for Body<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let Json(value) = Json::<Value>::from_request(request, state).await?;
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
+        let limit = request
+            .extensions()
+            .get::<Arc<Tenant>>()
+            .and_then(|tenant| tenant.body_bytes);
+        let request = match limit {
+            Some(bytes) => request.map(|body| axum::body::Body::new(Limited::new(body, bytes))),
+            None => request,
+        };
+        // The whole body, not only its next piece: a client that sends a byte a second holds nothing up for long.
+        let whole = tokio::time::timeout(app.body_timeout, Json::<Value>::from_request(request, app));
+        let Ok(value) = whole.await else {
+            return Err(ApiError {
+                status: StatusCode::REQUEST_TIMEOUT,
+                ..ApiError::invalid(format!(
+                    "the body did not arrive within {} s",
+                    app.body_timeout.as_secs_f32()
+                ))
+            });
+        };
+        let Json(value) = value?;
         match T::deserialize(&value) {
             Ok(body) => Ok(Self(body)),
             Err(error) => Err(ApiError {
@@ -69,42 +88,96 @@ fn culprit<T: DeserializeOwned>(value: &Value) -> Option<String> {
 
 pub(crate) type Shared = State<Arc<App>>;
 
-/// All routes.
-pub(crate) fn router(app: Arc<App>, body_bytes: usize, body_timeout: Duration) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(complete))
-        .route("/v1/messages", post(anthropic))
-        .route("/v1/messages/count_tokens", post(anthropic_count))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{name}", get(model))
-        .route("/v1/methods", get(methods))
-        .route("/v1/cache/lookup", post(cache_lookup))
-        .route("/v1/cache/stats", get(cache_stats))
-        .route("/v1/cache/tree", get(cache_tree))
-        .route("/v1/cache/pin", post(pins::pin))
-        .route("/v1/cache/unpin", post(pins::unpin))
-        .route("/v1/loads", get(loads))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
-        .route("/apply-template", post(apply_template))
-        .route("/health", get(ready))
-        .route("/health/ready", get(ready))
-        .route("/health/live", get(|| async { Json(json!({"status": "ok"})) }))
-        .route("/metrics", get(metrics))
-        .route(
-            "/version",
-            get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }),
-        )
-        .route("/server_info", get(server_info))
+/// Whoever bears a valid key. As the first argument of a handler it stands before the body is read, whose size it limits.
+pub(crate) struct Caller(pub(crate) Arc<Tenant>);
+
+impl FromRequestParts<Arc<App>> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
+        let tenant = app.tenants.find(&parts.headers)?;
+        parts.extensions.insert(Arc::clone(&tenant));
+        Ok(Self(tenant))
+    }
+}
+
+/// The API: every route in it is described.
+fn api() -> (Router<Arc<App>>, OpenApi) {
+    let (router, mut description) = OpenApiRouter::with_openapi(openapi::start())
+        .routes(routes!(chat::create))
+        .routes(routes!(completions::create))
+        .routes(routes!(embeddings::create))
+        .routes(routes!(responses::create))
+        .routes(routes!(responses::read, responses::remove))
+        .routes(routes!(messages::create))
+        .routes(routes!(messages::count_tokens))
+        .routes(routes!(about::models))
+        .routes(routes!(about::model))
+        .routes(routes!(about::methods))
+        .routes(routes!(cache::lookup))
+        .routes(routes!(cache::stats))
+        .routes(routes!(cache::tree))
+        .routes(routes!(pins::pin))
+        .routes(routes!(pins::unpin))
+        .routes(routes!(tokens::tokenize))
+        .routes(routes!(tokens::detokenize))
+        .routes(routes!(tokens::apply_template))
+        .routes(routes!(about::loads))
+        .routes(routes!(about::metrics))
+        .routes(routes!(about::health))
+        .routes(routes!(about::ready))
+        .routes(routes!(about::live))
+        .routes(routes!(about::version))
+        .routes(routes!(about::server_info))
+        .split_for_parts();
+    openapi::finish(&mut description);
+    (router, description)
+}
+
+/// All that clients may reach.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let (api, description) = api();
+    let description = Arc::new(description);
+    let described = get(move || async move { Json(description.as_ref()).into_response() });
+    let router = page::routes().merge(api).route("/openapi.json", described);
+    layered(router, &app).with_state(app)
+}
+
+/// What only whoever runs the server may reach: it is served on a listener of its own.
+pub(crate) fn admin_router(app: Arc<App>) -> Router {
+    layered(admin::routes(), &app).with_state(app)
+}
+
+/// The layers that every route has, outermost last: request ids, log lines, panics, hosts, sizes.
+fn layered(router: Router<Arc<App>>, app: &Arc<App>) -> Router<Arc<App>> {
+    let id = HeaderName::from_static("x-request-id");
+    router
         .fallback(nothing_here)
         .method_not_allowed_fallback(wrong_method)
-        .layer(RequestBodyLimitLayer::new(body_bytes))
+        .layer(RequestBodyLimitLayer::new(app.body_bytes))
         .layer(axum::extract::DefaultBodyLimit::disable())
-        .layer(RequestBodyTimeoutLayer::new(body_timeout))
+        .layer(from_fn_with_state(Arc::clone(app), guard::known_host))
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(TraceLayer::new_for_http())
-        .with_state(app)
+        .layer(TraceLayer::new_for_http().make_span_with(span))
+        .layer(PropagateRequestIdLayer::new(id.clone()))
+        .layer(SetRequestIdLayer::new(id, Numbered(Arc::clone(app))))
+}
+
+/// Numbers the requests that bring no id of their own.
+#[derive(Clone)]
+struct Numbered(Arc<App>);
+
+impl MakeRequestId for Numbered {
+    fn make_request_id<B>(&mut self, _: &axum::http::Request<B>) -> Option<RequestId> {
+        self.0.id("req").parse().ok().map(RequestId::new)
+    }
+}
+
+/// What log lines of a request start with; no query and no header but the id, which could hold secrets.
+fn span<B>(request: &axum::http::Request<B>) -> tracing::Span {
+    let id = request.extensions().get::<RequestId>();
+    let id = id.and_then(|id| id.header_value().to_str().ok()).unwrap_or("?");
+    tracing::info_span!("request", id, method = %request.method(), path = request.uri().path())
 }
 
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
@@ -130,325 +203,35 @@ async fn wrong_method(request: Request) -> ApiError {
     }
 }
 
-/// Whoever bears a valid key. As the first argument of a handler it stands before the body is read.
-pub(crate) struct Caller(pub(crate) Arc<Tenant>);
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use tower::ServiceExt;
 
-impl FromRequestParts<Arc<App>> for Caller {
-    type Rejection = ApiError;
+    use super::*;
 
-    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
-        app.tenants.find(&parts.headers).map(Self)
-    }
-}
-
-async fn chat(
-    State(app): Shared,
-    Caller(tenant): Caller,
-    Body(ask): Body<ChatRequest>,
-) -> Result<Response, ApiError> {
-    chat::answer(app, tenant, ask).await
-}
-
-async fn complete(
-    State(app): Shared,
-    Caller(tenant): Caller,
-    Body(ask): Body<CompletionRequest>,
-) -> Result<Response, ApiError> {
-    completions::answer(app, tenant, ask).await
-}
-
-async fn anthropic(State(app): Shared, headers: HeaderMap, request: Request) -> Response {
-    let answer = async {
-        let tenant = app.tenants.find(&headers)?;
-        let Body(ask) = Body::<MessagesRequest>::from_request(request, &()).await?;
-        messages::answer(Arc::clone(&app), tenant, ask).await
-    };
-    answer.await.unwrap_or_else(|e| e.anthropic())
-}
-
-async fn anthropic_count(State(app): Shared, headers: HeaderMap, request: Request) -> Response {
-    let answer = async {
-        app.tenants.find(&headers)?;
-        let Body(ask) = Body::<CountRequest>::from_request(request, &()).await?;
-        messages::count(&app, ask)
-    };
-    match answer.await {
-        Ok(count) => Json(count).into_response(),
-        Err(error) => error.anthropic(),
-    }
-}
-
-fn model_json(app: &App, name: &str) -> Value {
-    json!({
-        "id": name,
-        "object": "model",
-        "created": app.started,
-        "owned_by": "antefix",
-        "context_length": app.context,
-        "max_model_len": app.context,
-    })
-}
-
-async fn models(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
-    let data: Vec<Value> = app.names.iter().map(|name| model_json(&app, name)).collect();
-    Ok(Json(json!({"object": "list", "data": data})))
-}
-
-async fn model(
-    State(app): Shared,
-    _: Caller,
-    axum::extract::Path(name): axum::extract::Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    app.check_model(Some(&name))?;
-    Ok(Json(model_json(&app, &name)))
-}
-
-async fn methods(State(app): Shared, _: Caller) -> Json<Value> {
-    let cards: Vec<Value> = app
-        .offer
-        .methods
-        .iter()
-        .map(|m| method::card_json(m.card()))
-        .collect();
-    Json(json!({"methods": cards}))
-}
-
-/// Text or a conversation, to be looked at as tokens.
-#[derive(Debug, Deserialize)]
-struct TokenizeRequest {
-    #[serde(alias = "prompt")]
-    content: Option<String>,
-    messages: Option<Vec<ChatMessage>>,
-    tools: Option<Vec<Value>>,
-    #[serde(default = "yes")]
-    add_special: bool,
-    #[serde(default)]
-    with_pieces: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn tokens_of(app: &App, ask: TokenizeRequest) -> Result<Vec<u32>, ApiError> {
-    let t = app.tokenizer();
-    match (ask.content, ask.messages) {
-        (Some(text), None) if ask.add_special => Ok(t.encode_prompt(&text)),
-        (Some(text), None) => Ok(t.encode(&text, Specials::Plain)),
-        (None, Some(messages)) => {
-            let text = chat::prompt(app, &chat::plain(messages)?, ask.tools.as_deref())?;
-            Ok(t.encode_prompt(&text))
+    #[tokio::test]
+    async fn a_panic_fails_its_request_only() {
+        async fn handler(request: Request) -> &'static str {
+            assert!(request.uri().path() != "/bad", "a mistake of ours");
+            "fine"
         }
-        _ => Err(ApiError::invalid("give either `content` or `messages`")),
-    }
-}
-
-async fn tokenize(
-    State(app): Shared,
-    _: Caller,
-    Body(ask): Body<TokenizeRequest>,
-) -> Result<Json<Value>, ApiError> {
-    let pieces = ask.with_pieces;
-    let tokens = tokens_of(&app, ask)?;
-    let piece = |&id: &u32| {
-        let bytes = app.tokenizer().token_bytes(id);
-        match String::from_utf8(bytes) {
-            Ok(text) => json!({"id": id, "piece": text}),
-            Err(e) => json!({"id": id, "piece": e.into_bytes()}),
-        }
-    };
-    let list: Value = match pieces {
-        true => tokens.iter().map(piece).collect(),
-        false => json!(tokens),
-    };
-    Ok(Json(
-        json!({"tokens": list, "count": tokens.len(), "max_model_len": app.context}),
-    ))
-}
-
-#[derive(Debug, Deserialize)]
-struct DetokenizeRequest {
-    tokens: Vec<u32>,
-}
-
-async fn detokenize(
-    State(app): Shared,
-    _: Caller,
-    Body(ask): Body<DetokenizeRequest>,
-) -> Result<Json<Value>, ApiError> {
-    let vocab = app.tokenizer().vocab_size();
-    if let Some(bad) = ask.tokens.iter().find(|&&t| t as usize >= vocab) {
-        return Err(ApiError::param(
-            "tokens",
-            format!("token {bad} is not in the vocabulary of {vocab}"),
-        ));
-    }
-    let text = app.tokenizer().decode(&ask.tokens);
-    Ok(Json(json!({"content": text, "prompt": text})))
-}
-
-#[derive(Debug, Deserialize)]
-struct TemplateRequest {
-    messages: Vec<ChatMessage>,
-    tools: Option<Vec<Value>>,
-}
-
-async fn apply_template(
-    State(app): Shared,
-    _: Caller,
-    Body(ask): Body<TemplateRequest>,
-) -> Result<Json<Value>, ApiError> {
-    let text = chat::prompt(&app, &chat::plain(ask.messages)?, ask.tools.as_deref())?;
-    Ok(Json(json!({"prompt": text})))
-}
-
-#[derive(Debug, Deserialize)]
-pub(crate) struct LookupRequest {
-    #[serde(flatten)]
-    what: TokenizeRequest,
-    tokens: Option<Vec<u32>>,
-    cache_salt: Option<String>,
-}
-
-impl LookupRequest {
-    /// Its tokens, and the salt under which the tenant has them cached.
-    pub(crate) fn resolve(self, app: &App, tenant: &Tenant) -> Result<(Vec<u32>, u64), ApiError> {
-        let salt = tenant.salt(self.cache_salt.as_deref());
-        let tokens = match self.tokens {
-            Some(tokens) => tokens,
-            None => tokens_of(app, self.what)?,
+        let app = Router::new()
+            .fallback(handler)
+            .layer(CatchPanicLayer::custom(panicked));
+        let ask = |path: &'static str| {
+            app.clone()
+                .oneshot(Request::get(path).body(Body::empty()).unwrap())
         };
-        Ok((tokens, salt))
+        let bad = ask("/bad").await.unwrap();
+        assert_eq!(bad.status(), 500);
+        let body = axum::body::to_bytes(bad.into_body(), 10_000).await.unwrap();
+        let error: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(error["error"]["type"], "server_error");
+        assert!(
+            !error.to_string().contains("mistake"),
+            "what went wrong is for the log"
+        );
+        assert_eq!(ask("/good").await.unwrap().status(), 200);
     }
-}
-
-pub(crate) fn gone() -> ApiError {
-    ApiError::unavailable("the engine is gone")
-}
-
-/// How much of a prompt would be found cached: nothing is computed, nothing is touched.
-async fn cache_lookup(
-    State(app): Shared,
-    Caller(tenant): Caller,
-    Body(ask): Body<LookupRequest>,
-) -> Result<Json<Value>, ApiError> {
-    let (tokens, salt) = ask.resolve(&app, &tenant)?;
-    let count = tokens.len();
-    let found = app
-        .worker
-        .inspect(move |engine| engine.whereabouts(&tokens[..tokens.len().saturating_sub(1)], salt))
-        .await
-        .ok_or_else(gone)?;
-    Ok(Json(json!({
-        "tokens": count,
-        "cached_tokens": found.ram + found.below,
-        "tiers": {"ram": found.ram, "disk": found.below},
-        "block_tokens": PAGE_ROWS,
-    })))
-}
-
-async fn cache_stats(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
-    let look = |engine: &mut antefix_engine::Engine| {
-        let pool = engine.pool();
-        (pool.stats(), engine.cache_stats(), pool.shape().block_bytes())
-    };
-    let (pool, cache, block_bytes) = app.worker.inspect(look).await.ok_or_else(gone)?;
-    Ok(Json(json!({
-        "block_tokens": PAGE_ROWS,
-        "blocks": cache.blocks,
-        "block_bytes": block_bytes,
-        "pinned_blocks": cache.pinned,
-        "prompts_loading": cache.loading,
-        "blocks_to_store": cache.to_store,
-        "below": cache.below.as_ref().map(|below| pins::below_json(below, &cache.loaded)),
-        "bytes_used": pool.bytes_used,
-        "bytes_allocated": pool.bytes_allocated,
-        "bytes_capacity": pool.capacity,
-    })))
-}
-
-#[derive(Debug, Deserialize)]
-struct TreeQuery {
-    cache_salt: Option<String>,
-}
-
-/// Runs shown at most.
-const TREE_LIMIT: usize = 500;
-
-/// The cached prefixes of whoever asks, and the running requests that read them.
-async fn cache_tree(
-    State(app): Shared,
-    Caller(tenant): Caller,
-    Query(query): Query<TreeQuery>,
-) -> Result<Json<Value>, ApiError> {
-    let salt = tenant.salt(query.cache_salt.as_deref());
-    let look = move |engine: &mut antefix_engine::Engine| {
-        let runs = engine.radix().runs(engine.pool(), salt, TREE_LIMIT);
-        let running: Vec<(u64, Vec<u32>)> = engine.running().map(|(id, t)| (id.0, t.to_vec())).collect();
-        (engine.pool().stats(), runs, running)
-    };
-    let (pool, runs, running) = app.worker.inspect(look).await.ok_or_else(gone)?;
-    // The tokens from the root to the end of each run: a request reads a run when its tokens start with them.
-    let mut paths: std::collections::HashMap<usize, Vec<u32>> = std::collections::HashMap::new();
-    let mut nodes = Vec::with_capacity(runs.len());
-    for run in &runs {
-        let mut path = run
-            .parent
-            .and_then(|p| paths.get(&p).cloned())
-            .unwrap_or_default();
-        path.extend_from_slice(&run.tokens);
-        let requests: Vec<String> = running
-            .iter()
-            .filter(|(_, tokens)| tokens.starts_with(&path))
-            .map(|(id, _)| format!("seq-{id}"))
-            .collect();
-        let start = &run.tokens[..run.tokens.len().min(48)];
-        nodes.push(json!({
-            "id": run.id,
-            "parent": run.parent,
-            "tokens": run.tokens.len(),
-            "bytes": run.bytes,
-            "text": app.tokenizer().decode(start),
-            "requests": requests,
-            "tier": "ram",
-            "pinned_blocks": run.pinned,
-            "idle_s": run.idle.as_secs_f64(),
-        }));
-        paths.insert(run.id, path);
-    }
-    Ok(Json(json!({
-        "block_tokens": PAGE_ROWS,
-        "bytes_used": pool.bytes_used,
-        "bytes_capacity": pool.capacity,
-        "nodes": nodes,
-    })))
-}
-
-async fn loads(State(app): Shared, _: Caller) -> Result<Response, ApiError> {
-    Ok(Json(app.meters.loads()).into_response())
-}
-
-async fn ready(State(app): Shared) -> Response {
-    match app.worker.is_closing() {
-        true => ApiError::unavailable("the server is shutting down").into_response(),
-        false => Json(json!({"status": "ok"})).into_response(),
-    }
-}
-
-async fn metrics(State(app): Shared, _: Caller) -> Result<Response, ApiError> {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    Ok(([(header::CONTENT_TYPE, kind)], app.meters.text()).into_response())
-}
-
-async fn server_info(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
-    let spec = app.model.spec();
-    Ok(Json(json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "model": app.name(),
-        "architecture": spec.arch.name(),
-        "layers": spec.layers,
-        "vocabulary": spec.vocab,
-        "context_length": app.context,
-        "chat_template": app.template.is_some(),
-    })))
 }

@@ -1,8 +1,8 @@
 //! What all handlers share.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antefix_attention::method::Facts;
 use antefix_constrain::{Grammar, GrammarError, Vocabulary};
@@ -15,6 +15,7 @@ use crate::auth::Tenants;
 use crate::error::ApiError;
 use crate::meters::Meters;
 use crate::methods::Offer;
+use crate::remembered::Remembered;
 use crate::worker::Worker;
 
 /// The server behind its routes.
@@ -26,12 +27,17 @@ pub(crate) struct App {
     pub(crate) strict: bool,
     pub(crate) offer: Offer,
     pub(crate) facts: Facts,
+    pub(crate) body_bytes: usize,
+    pub(crate) body_timeout: Duration,
+    pub(crate) hosts: Vec<String>,
     pub(crate) tenants: Tenants,
     pub(crate) worker: Worker,
     pub(crate) meters: Arc<Meters>,
     pub(crate) started: u64,
     pub(crate) next_id: AtomicU64,
     pub(crate) boot: u64,
+    /// Answers that `/v1/responses` can go on from.
+    pub(crate) remembered: Mutex<Remembered>,
     pub(crate) vocabulary: Arc<OnceLock<Result<Vocabulary, GrammarError>>>,
 }
 

@@ -8,19 +8,20 @@ use antefix_engine::{Done, Keep, MethodReport, PromptLogprob, RawJob, RawSamplin
 use antefix_models::documents::WithDocuments;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use crate::auth::{Tenant, Turn};
 use crate::error::ApiError;
 use crate::methods::{Asked, Offer};
 use crate::retention;
-use crate::state::App;
+use crate::state::{App, Guest};
 use crate::worker::{Drawn, Generation, Happened};
 
 /// `n` and `best_of` at most, whoever asks.
 const MAX_N: usize = 128;
 
 /// A value or a list of it.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub(crate) enum OneOrMany<T> {
     One(T),
@@ -36,14 +37,16 @@ impl<T> OneOrMany<T> {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
+/// How to stream.
+#[derive(Debug, Clone, Copy, Default, Deserialize, ToSchema)]
 pub(crate) struct StreamOptions {
+    /// Send `usage` in a last chunk without choices.
     #[serde(default)]
     pub(crate) include_usage: bool,
 }
 
 /// Knobs of chat and legacy completions: OpenAI's names, and llama.cpp's and vLLM's where OpenAI has none.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
 pub(crate) struct Knobs {
     pub(crate) model: Option<String>,
     pub(crate) max_tokens: Option<usize>,
@@ -74,6 +77,7 @@ pub(crate) struct Knobs {
     /// How attention is computed, see `/v1/methods`: `NAME,knob=value,...`.
     pub(crate) method: Option<String>,
     /// Methods by axis, and documents.
+    #[schema(value_type = Option<Object>)]
     pub(crate) antefix: Option<Map<String, Value>>,
     /// OpenAI's `response_format`, and vLLM's names for what it cannot say.
     pub(crate) response_format: Option<Value>,
@@ -84,14 +88,7 @@ pub(crate) struct Knobs {
 }
 
 /// Fields that change nothing here: accepted without a word.
-const WITHOUT_EFFECT: [&str; 6] = [
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "parallel_tool_calls",
-];
+const WITHOUT_EFFECT: [&str; 5] = ["user", "metadata", "store", "service_tier", "safety_identifier"];
 
 /// Names in `extra` that we do not know.
 ///
@@ -291,19 +288,15 @@ impl Knobs {
             }
         }
         let generation = app.worker.submit(jobs).await?;
-        Ok(Running {
-            generation,
-            _turn: turn,
-            _guest: app.guest(),
-        })
+        Ok(Running::new(generation, Some(turn), app.guest()))
     }
 }
 
 /// A request under way. Dropping it cancels what still runs.
 pub(crate) struct Running {
     pub(crate) generation: Generation,
-    _turn: Turn,
-    _guest: crate::state::Guest,
+    _turn: Option<Turn>,
+    _guest: Guest,
 }
 
 /// All that one sequence brought.
@@ -312,12 +305,22 @@ pub(crate) struct Answer {
     pub(crate) text: String,
     pub(crate) drawn: Vec<Drawn>,
     pub(crate) prompt: Vec<PromptLogprob>,
+    pub(crate) vector: Vec<f32>,
     pub(crate) done: Done,
     pub(crate) usage: Usage,
     pub(crate) method: Option<Box<MethodReport>>,
 }
 
 impl Running {
+    /// `turn` ends with it.
+    pub(crate) fn new(generation: Generation, turn: Option<Turn>, guest: Guest) -> Self {
+        Self {
+            generation,
+            _turn: turn,
+            _guest: guest,
+        }
+    }
+
     pub(crate) async fn next(&mut self) -> Option<(usize, Happened)> {
         self.generation.next().await
     }
@@ -328,6 +331,7 @@ impl Running {
             text: String::new(),
             drawn: Vec::new(),
             prompt: Vec::new(),
+            vector: Vec::new(),
             done: Done::Failed,
             usage: Usage::default(),
             method: None,
@@ -337,6 +341,7 @@ impl Running {
             let answer = &mut answers[i];
             match happened {
                 Happened::Prompt(logprobs) => answer.prompt = logprobs,
+                Happened::Pooled(vector) => answer.vector = vector,
                 Happened::Token(drawn) => {
                     answer.text.push_str(&drawn.text);
                     answer.drawn.push(drawn);
@@ -354,10 +359,25 @@ impl Running {
                 }
             }
         }
-        match answers.iter().any(|a| a.done == Done::Failed) {
-            true => Err(failed()),
-            false => Ok(answers),
+        match answers.iter().find_map(|a| failure(a.done)) {
+            Some(error) => Err(error),
+            None => Ok(answers),
         }
+    }
+}
+
+/// What to say of a sequence that did not end well.
+pub(crate) fn failure(done: Done) -> Option<ApiError> {
+    match done {
+        Done::Failed => Some(failed()),
+        Done::Constraint => Some(ApiError {
+            code: Some("constraint_failed"),
+            ..ApiError::invalid(
+                "the answer could not be brought to follow the grammar: its limits were used up on the way\nhint: a simpler \
+                 schema, or bounds on its lists and strings",
+            )
+        }),
+        _ => None,
     }
 }
 
@@ -370,8 +390,8 @@ pub(crate) fn failed() -> ApiError {
 pub(crate) fn finish_reason(done: Done) -> &'static str {
     match done {
         Done::Length => "length",
-        Done::EndToken | Done::StopString => "stop",
-        Done::Cancelled | Done::Failed => "error",
+        Done::EndToken | Done::StopString(_) => "stop",
+        Done::Cancelled | Done::Failed | Done::Constraint => "error",
     }
 }
 

@@ -28,6 +28,8 @@ pub(crate) struct Drawn {
 #[derive(Debug, Clone)]
 pub(crate) enum Happened {
     Prompt(Vec<PromptLogprob>),
+    /// The prompt's vector, `[d_model]`.
+    Pooled(Vec<f32>),
     Token(Drawn),
     End {
         done: Done,
@@ -353,6 +355,7 @@ impl Loop {
         for event in events.drain(..) {
             let (id, happened) = match event {
                 Event::Prompt { id, logprobs } => (id, Happened::Prompt(logprobs)),
+                Event::Pooled { id, vector } => (id, Happened::Pooled(vector)),
                 Event::Token {
                     id,
                     token,
@@ -396,7 +399,7 @@ impl Loop {
                 Happened::End { done, usage, .. } => {
                     self.meters.ended(*done, *usage, now - client.submitted);
                 }
-                Happened::Prompt(_) => {}
+                Happened::Prompt(_) | Happened::Pooled(_) => {}
             }
             let ended = matches!(happened, Happened::End { .. });
             let _ = client.events.send((client.index, happened)); // gone: cancelled before the next step

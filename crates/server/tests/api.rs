@@ -9,32 +9,13 @@ use antefix_server::KeyConfig;
 use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
-use common::{call, post, server_with, text};
+use common::{call, events, ok, post, server_with, text};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 fn app() -> Router {
     server_with(|_| ()).app()
-}
-
-async fn ok(app: &Router, path: &str, body: Value) -> Value {
-    let (status, value) = call(app, post(path, &body)).await;
-    assert_eq!(status, 200, "{value}");
-    value
-}
-
-/// The data of a server-sent event stream, `[DONE]` checked and left out.
-async fn events(app: &Router, path: &str, body: Value, done: bool) -> Vec<Value> {
-    let response = app.clone().oneshot(post(path, &body)).await.unwrap();
-    assert_eq!(response.status(), 200);
-    assert_eq!(response.headers()["content-type"], "text/event-stream");
-    let text = text(response).await;
-    let mut data: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("data: ")).collect();
-    if done {
-        assert_eq!(data.pop(), Some("[DONE]"));
-    }
-    data.iter().map(|d| serde_json::from_str(d).unwrap()).collect()
 }
 
 fn long_prompt(n: usize) -> String {
@@ -574,4 +555,107 @@ async fn tokens_go_there_and_back() {
     )
     .await;
     assert_eq!(prompt["prompt"], "[user]x\n[assistant]");
+}
+
+#[tokio::test]
+async fn marks_are_counted_by_how_long_they_hold() {
+    let app = app();
+    let block = |text: String, ttl: &str| json!({"type": "text", "text": text, "cache_control": {"type": "ephemeral", "ttl": ttl}});
+    let ask = json!({
+        "max_tokens": 4, "temperature": 0,
+        "system": [block(long_prompt(60), "1h")],
+        "messages": [{"role": "user", "content": [block(long_prompt(90), "5m")]}, {"role": "user", "content": "And now?"}],
+    });
+    let cold = ok(&app, "/v1/messages", ask.clone()).await;
+    let usage = &cold["usage"];
+    let number = |v: &Value| v.as_u64().unwrap();
+    let (hour, minutes) = (
+        number(&usage["cache_creation"]["ephemeral_1h_input_tokens"]),
+        number(&usage["cache_creation"]["ephemeral_5m_input_tokens"]),
+    );
+    assert!(
+        hour > 60 && minutes > 90 && number(&usage["input_tokens"]) > 0,
+        "{usage}"
+    );
+    assert_eq!(hour + minutes, number(&usage["cache_creation_input_tokens"]));
+    let warm = ok(&app, "/v1/messages", ask.clone()).await;
+    assert_eq!(warm["usage"]["cache_creation"]["ephemeral_1h_input_tokens"], 0);
+    let mut bad = ask.clone();
+    bad["system"] = json!([block("x".into(), "1d")]);
+    let (status, value) = call(&app, post("/v1/messages", &bad)).await;
+    assert_eq!((status.as_u16(), value["type"].as_str()), (400, Some("error")));
+    let mut many = ask;
+    many["messages"] = json!(
+        (0..5)
+            .map(|_| json!({"role": "user", "content": [block("x".into(), "5m")]}))
+            .collect::<Vec<_>>()
+    );
+    assert_eq!(call(&app, post("/v1/messages", &many)).await.0, 400);
+}
+
+#[tokio::test]
+async fn the_stop_sequence_that_came_is_named() {
+    let app = app();
+    let ask = |stops: &[&str]| {
+        json!({
+            "max_tokens": 200, "temperature": 0, "stop_sequences": stops, "messages": [{"role": "user", "content": "hello"}],
+        })
+    };
+    let whole = ok(&app, "/v1/messages", ask(&[])).await;
+    let text = whole["content"][0]["text"].as_str().unwrap();
+    let middle: String = text.chars().skip(text.chars().count() / 2).take(2).collect();
+    let stopped = ok(&app, "/v1/messages", ask(&["never said", &middle])).await;
+    assert_eq!(stopped["stop_reason"], "stop_sequence");
+    assert_eq!(stopped["stop_sequence"].as_str(), Some(middle.as_str()));
+    let mut streaming = ask(&["never said", &middle]);
+    streaming["stream"] = json!(true);
+    let chunks = events(&app, "/v1/messages", streaming, false).await;
+    assert_eq!(
+        chunks[chunks.len() - 2]["delta"]["stop_sequence"].as_str(),
+        Some(middle.as_str())
+    );
+}
+
+#[tokio::test]
+async fn a_biased_token_is_drawn_or_never() {
+    let app = app();
+    let ask = |bias: Value| json!({"prompt": "x", "max_tokens": 12, "seed": 1, "logit_bias": bias, "logprobs": 0, "ignore_eos": true});
+    let tokens = |v: Value| v["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone();
+    let only = tokens(ok(&app, "/v1/completions", ask(json!({"40": 100}))).await);
+    assert!(only.iter().all(|t| t == &only[0]), "{only:?}");
+    let without = tokens(ok(&app, "/v1/completions", ask(json!({"40": -100}))).await);
+    assert!(without.iter().all(|t| t != &only[0]), "{without:?}");
+}
+
+#[tokio::test]
+async fn one_call_at_most_without_parallel_calls() {
+    // The model writes what the grammar makes it write: two calls.
+    let app = app();
+    let call_text = "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>";
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
+    let mut ask = json!({
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "tools": [tool],
+        "guided_choice": [format!("{call_text}{call_text}")],
+    });
+    let chat = "/v1/chat/completions";
+    let calls = |v: &Value| v["choices"][0]["message"]["tool_calls"].as_array().unwrap().len();
+    assert_eq!(calls(&ok(&app, chat, ask.clone()).await), 2);
+    ask["parallel_tool_calls"] = json!(false);
+    assert_eq!(calls(&ok(&app, chat, ask.clone()).await), 1);
+    ask["stream"] = json!(true);
+    let chunks = events(&app, chat, ask, true).await;
+    let streamed = chunks
+        .iter()
+        .filter(|c| c.pointer("/choices/0/delta/tool_calls/0").is_some());
+    assert_eq!(streamed.count(), 1);
+}
+
+#[tokio::test]
+async fn hints_of_hosted_caches_are_accepted() {
+    let ask = json!({
+        "prompt": "x", "max_tokens": 1, "prompt_cache_key": "k", "prompt_cache_retention": "24h", "user": "me", "store": false,
+    });
+    let response = app().oneshot(post("/v1/completions", &ask)).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(!response.headers().contains_key("x-antefix-ignored-fields"));
 }

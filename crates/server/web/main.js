@@ -61,7 +61,9 @@ function requestFields(c) {
     if (value !== undefined && value !== "") fields[name] = value;
   }
   if ($("model").value) fields.model = $("model").value;
-  if ($("method").value) fields.method = $("method").value;
+  const method = $("method").value;
+  // As on the command line: `NAME,knob=value,...`; what is left empty is the default.
+  if (method) fields.method = [method, ...Object.entries(c.knobs?.[method] ?? {}).map(([knob, value]) => `${knob}=${value}`)].join(",");
   return fields;
 }
 
@@ -106,11 +108,27 @@ function pick(select, value) {
   else if (select.options.length) select.selectedIndex = 0;
 }
 
+/** What the chosen method does, and its settings. */
 function aboutMethod() {
   const method = methods.find((m) => m.name === $("method").value);
   $("method-about").textContent = method?.summary ?? "";
-  $("method-knobs").replaceChildren(...(method?.knobs ?? []).map((knob) => h("div", {},
-    h("dt", {}, `${knob.name} = ${knob.default}, ${knob.range}`), h("dd", {}, knob.help))));
+  $("method-knobs").replaceChildren(...(method?.knobs ?? []).map((knob) => setting(method.name, knob)));
+}
+
+function setting(method, knob) {
+  const id = `k-${knob.name}`;
+  const input = h("input", { id, type: "text", spellcheck: "false", placeholder: `${knob.default}`, "aria-describedby": `${id}-help` });
+  input.value = store.current().knobs?.[method]?.[knob.name] ?? "";
+  input.addEventListener("change", () => {
+    const c = store.current();
+    const own = ((c.knobs ??= {})[method] ??= {});
+    // A comma would start the next setting.
+    const value = input.value.trim().replaceAll(",", "");
+    if (value) own[knob.name] = value;
+    else delete own[knob.name];
+    store.save();
+  });
+  return h("div", {}, h("label", { for: id }, knob.name), input, h("p", { id: `${id}-help`, class: "hint" }, `${knob.help} (${knob.range})`));
 }
 
 async function connect() {

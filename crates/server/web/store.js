@@ -51,9 +51,9 @@ export function create() {
   // An empty conversation is used again instead of collecting more of them.
   let c = state.list.find((c) => Object.keys(c.nodes).length === 0);
   if (!c) {
-    c = { id: newId(), title: "New conversation", system: "", params: {}, model: "", method: "", nodes: {}, leaf: null };
+    c = { id: newId(), title: "New conversation", system: "", params: {}, model: "", method: "", knobs: {}, nodes: {}, leaf: null };
     const like = state.list.find((c) => c.id === state.current);
-    if (like) Object.assign(c, { system: like.system, params: { ...like.params }, model: like.model, method: like.method });
+    if (like) Object.assign(c, { system: like.system, params: { ...like.params }, knobs: structuredClone(like.knobs ?? {}), model: like.model, method: like.method });
     state.list.unshift(c);
   }
   state.current = c.id;

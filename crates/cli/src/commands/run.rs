@@ -197,7 +197,7 @@ pub(crate) fn answer(
         }
         for event in events.drain(..) {
             match event {
-                Event::Prompt { .. } => {}
+                Event::Prompt { .. } | Event::Pooled { .. } => {}
                 Event::Token { text, .. } => show(&text)?,
                 Event::End {
                     text,

@@ -8,7 +8,10 @@ use std::time::Duration;
 use antefix_attention::method::RawMethods;
 use antefix_engine::{Beside, Budget, Options};
 use antefix_kv::Pool;
-use antefix_server::{CacheConfig, Config, DiskConfig, KeyConfig, Limits, Offer, RemoteConfig, Server};
+use antefix_server::{
+    CacheConfig, ClientLimits, Config, DiskConfig, KeyConfig, Limits, Offer, RememberLimits, RemoteConfig,
+    Server,
+};
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +32,9 @@ pub(crate) struct Args {
     /// Port; 0 takes a free one
     #[arg(long, env = "ANTEFIX_PORT")]
     port: Option<u16>,
+    /// Address for administration: clearing the cache, metrics; without it there is none
+    #[arg(long, env = "ANTEFIX_ADMIN")]
+    admin: Option<SocketAddr>,
     /// TOML file with the same settings and `[[keys]]`
     #[arg(long, env = "ANTEFIX_CONFIG")]
     config: Option<PathBuf>,
@@ -93,6 +99,8 @@ struct Settings {
     model: String,
     host: IpAddr,
     port: u16,
+    admin: Option<SocketAddr>,
+    hosts: Vec<String>,
     names: Vec<String>,
     ctx: Option<usize>,
     kv_mib: Option<usize>,
@@ -109,6 +117,10 @@ struct Settings {
     drain_s: u64,
     body_mib: usize,
     body_timeout_s: u64,
+    connections: usize,
+    head_timeout_s: u64,
+    stalled_s: u64,
+    remember_mib: usize,
     threads: Option<usize>,
     /// `[methods]`: what holds for requests that say nothing about an axis.
     methods: RawMethods,
@@ -119,10 +131,13 @@ struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
+        let clients = ClientLimits::default();
         Self {
             model: antefix_models::store::DEFAULT.to_string(),
             host: IpAddr::from([127, 0, 0, 1]),
             port: 8080,
+            admin: None,
+            hosts: Vec::new(),
             names: Vec::new(),
             ctx: None,
             kv_mib: None,
@@ -140,6 +155,10 @@ impl Default for Settings {
             drain_s: 30,
             body_mib: 32,
             body_timeout_s: 30,
+            connections: clients.connections,
+            head_timeout_s: clients.head.as_secs(),
+            stalled_s: clients.stalled.as_secs(),
+            remember_mib: RememberLimits::default().bytes >> 20,
             threads: None,
             methods: RawMethods::default(),
             keys: Vec::new(),
@@ -168,6 +187,7 @@ impl Settings {
         );
         s.prompt_rows = args.prompt_rows.or(s.prompt_rows);
         put(&mut s.drain_s, args.drain_s.as_ref());
+        s.admin = args.admin.or(s.admin);
         s.ctx = args.ctx.or(s.ctx);
         s.kv_mib = args.kv_mib.or(s.kv_mib);
         s.cache_dir = args.cache_dir.clone().or(s.cache_dir);
@@ -204,6 +224,12 @@ impl Settings {
                 "{} is reachable from other machines, but there is no API key\nhint: set ANTEFIX_API_KEY, write `[[keys]]` into the \
                  file of --config, or listen on 127.0.0.1",
                 s.host
+            )));
+        }
+        let locked = s.keys.iter().any(|key| key.admin);
+        if s.admin.is_some_and(|admin| !admin.ip().is_loopback()) && !locked {
+            return Err(Failure::Input(anyhow!(
+                "the admin address is reachable from other machines, but no key has `admin = true`"
             )));
         }
         Ok(s)
@@ -296,6 +322,16 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         strict: settings.strict,
         body_bytes: settings.body_mib << 20,
         body_timeout: Duration::from_secs(settings.body_timeout_s),
+        clients: ClientLimits {
+            connections: settings.connections.max(1),
+            head: Duration::from_secs(settings.head_timeout_s),
+            stalled: Duration::from_secs(settings.stalled_s),
+        },
+        remember: RememberLimits {
+            bytes: settings.remember_mib << 20,
+            ..RememberLimits::default()
+        },
+        hosts: settings.hosts,
         drain: Duration::from_secs(settings.drain_s),
         cache: CacheConfig {
             bytes: settings.cache_mib.map(|mib| mib << 20),
@@ -317,18 +353,30 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         let server =
             Server::start(&loaded.model, &loaded.tokenizer, template, config).map_err(Failure::input)?;
         let address = SocketAddr::new(settings.host, settings.port);
-        let listener = tokio::net::TcpListener::bind(address)
-            .await
-            .with_context(|| format!("cannot listen on {address}\nhint: choose another --port"))
-            .map_err(Failure::Input)?;
+        let listener = listen(address).await?;
+        let admin = match settings.admin {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
         eprintln!(
             "serving {} on http://{} (context {context}, {} MiB of keys and values)",
             settings.names.join(", "),
             listener.local_addr()?,
             kv_bytes >> 20
         );
-        server.serve(listener, stop()).await.map_err(Failure::other)
+        if let Some(admin) = &admin {
+            eprintln!("administration on http://{}", admin.local_addr()?);
+        }
+        server.serve(listener, admin, stop()).await;
+        Ok(())
     })
+}
+
+async fn listen(address: SocketAddr) -> Result<tokio::net::TcpListener, Failure> {
+    tokio::net::TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}\nhint: choose another port"))
+        .map_err(Failure::Input)
 }
 
 /// Resolves on SIGTERM or ctrl-C.

@@ -107,7 +107,7 @@ impl Runner {
                         text.push_str(&rest);
                         kept = method.map_or(1.0, |m| m.kept);
                     }
-                    Event::Prompt { .. } => {}
+                    Event::Prompt { .. } | Event::Pooled { .. } => {}
                 }
             }
         }

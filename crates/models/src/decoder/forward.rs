@@ -21,7 +21,7 @@ pub struct Input<'a> {
     pub tokens: &'a [u32],
     /// The sequence's pages, with room reserved for the tokens. Its length grows only when the caller commits.
     pub kv: &'a SeqKv,
-    /// Of how many of the last rows logits are wanted: 0 (in the middle of a prompt), 1, or all.
+    /// Of how many of the last rows logits (or [`Model::hidden`]'s vectors) are wanted: 0 (in the middle of a prompt), 1, or all.
     pub logits: usize,
     /// What is special about the sequence; the default is an ordinary one.
     pub extra: Extra<'a>,
@@ -112,10 +112,48 @@ impl Model {
         scratch: &mut Scratch,
         logits: &mut Vec<f32>,
     ) -> Result<(), ForwardError> {
+        let watch = self.layers(pool, inputs, scratch)?;
+        self.logits(&watch, scratch, logits);
+        Ok(())
+    }
+
+    /// As [`Model::forward`], but appends what the output matrix would be applied to: the rows after the last norm,
+    /// `[rows, d_model]`.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn hidden(
+        &self,
+        pool: &mut Pool,
+        inputs: &[Input<'_>],
+        scratch: &mut Scratch,
+        hidden: &mut Vec<f32>,
+    ) -> Result<(), ForwardError> {
+        let watch = self.layers(pool, inputs, scratch)?;
+        if scratch.x.is_empty() {
+            return Ok(());
+        }
+        let spec = self.spec();
+        self.norm(&scratch.x, &self.weights.output_norm, &mut scratch.normed);
+        if watch.wants(spec.layers, Site::FinalNorm) {
+            watch.at(spec.layers, Site::FinalNorm, &mut scratch.normed, spec.d_model);
+        }
+        hidden.extend_from_slice(&scratch.normed);
+        Ok(())
+    }
+
+    /// Leaves the wanted rows of the residual stream in `scratch.x`.
+    fn layers<'a>(
+        &self,
+        pool: &mut Pool,
+        inputs: &[Input<'a>],
+        scratch: &mut Scratch,
+    ) -> Result<Watch<'a>, ForwardError> {
         let spec = self.spec();
         let rows: usize = inputs.iter().map(|i| i.tokens.len()).sum();
         if rows == 0 {
-            return Ok(());
+            scratch.x.clear();
+            return Ok(Watch::of(spec.layers, std::iter::empty()));
         }
         let mut seqs = Vec::with_capacity(inputs.len());
         let mut first = 0;
@@ -168,8 +206,7 @@ impl Model {
             }
         }
         self.keep(&mut rows, &mut watch, scratch, |_, i, _| wanted(i));
-        self.logits(&watch, scratch, logits);
-        Ok(())
+        Ok(watch)
     }
 
     pub(super) fn embed(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<(), ForwardError> {

@@ -11,7 +11,7 @@ use antefix_engine::{Budget, Options};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
 use antefix_models::template::ChatTemplate;
-use antefix_server::{CacheConfig, Config, Limits, Offer, Server};
+use antefix_server::{CacheConfig, ClientLimits, Config, Limits, Offer, RememberLimits, Server};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
@@ -40,6 +40,9 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
         strict: false,
         body_bytes: 1 << 20,
         body_timeout: Duration::from_secs(5),
+        clients: ClientLimits::default(),
+        remember: RememberLimits::default(),
+        hosts: Vec::new(),
         drain: Duration::from_secs(5),
         cache: CacheConfig::default(),
     };
@@ -66,4 +69,24 @@ pub(crate) async fn call(app: &Router, request: Request<Body>) -> (StatusCode, V
         status,
         serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}")),
     )
+}
+
+/// The answer of a request that must succeed.
+pub(crate) async fn ok(app: &Router, path: &str, body: Value) -> Value {
+    let (status, value) = call(app, post(path, &body)).await;
+    assert_eq!(status, 200, "{value}");
+    value
+}
+
+/// The data of a server-sent event stream, `[DONE]` checked and left out.
+pub(crate) async fn events(app: &Router, path: &str, body: Value, done: bool) -> Vec<Value> {
+    let response = app.clone().oneshot(post(path, &body)).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let text = text(response).await;
+    let mut data: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("data: ")).collect();
+    if done {
+        assert_eq!(data.pop(), Some("[DONE]"));
+    }
+    data.iter().map(|d| serde_json::from_str(d).unwrap()).collect()
 }
