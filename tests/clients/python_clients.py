@@ -8,7 +8,7 @@
 Prints one line a check; exit code 1 when one fails.
 """
 
-import asyncio, sys, traceback
+import asyncio, json, math, sys, traceback
 
 import anthropic, openai
 
@@ -65,7 +65,7 @@ def chat_stop_and_bias():
     first = oa.chat.completions.create(**hello(1, logprobs=True, top_logprobs=2)).choices[0].logprobs.content[0]
     stopped = oa.chat.completions.create(**hello(24, stop=["a", "e"]))
     assert stopped.choices[0].finish_reason == "stop" and not set("ae") & set(stopped.choices[0].message.content)
-    import json, urllib.request
+    import urllib.request
 
     body = json.dumps({"content": first.token, "add_special": False}).encode()
     headers = {"content-type": "application/json", "authorization": "Bearer " + KEY}
@@ -133,6 +133,103 @@ def anthropic_cache_control():
         text = "".join(stream.text_stream)
         last = stream.get_final_message()
     assert text == cold.content[0].text and last.stop_reason == cold.stop_reason
+
+
+WEATHER = {
+    "type": "object", "required": ["city", "unit"], "additionalProperties": False,
+    "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+}
+PARIS = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+@check
+def tools_are_called_and_answered():
+    tool = {"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": WEATHER}}
+    ask = dict(model=MODEL, max_tokens=80, temperature=0, tools=[tool], tool_choice="required")
+    whole = oa.chat.completions.create(messages=PARIS, **ask)
+    call = whole.choices[0].message.tool_calls[0]
+    assert whole.choices[0].finish_reason == "tool_calls" and call.function.name == "weather"
+    assert json.loads(call.function.arguments)["unit"] in "CF"
+    with oa.chat.completions.stream(messages=PARIS, **ask) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].message.tool_calls[0].function.name == "weather"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "17 degrees"}
+    ask = ask | {"tool_choice": "none"}
+    answer = oa.chat.completions.create(messages=[*PARIS, whole.choices[0].message, result], **ask)
+    assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
+
+
+@check
+def json_schema():
+    format = {"type": "json_schema", "json_schema": {"name": "w", "strict": True, "schema": WEATHER}}
+    text = oa.chat.completions.create(**hello(80, response_format=format)).choices[0].message.content
+    assert set(json.loads(text)) == {"city", "unit"}
+
+
+@check
+def embeddings():
+    # The package asks for base64 by default and unpacks it.
+    texts = ["The cat sat on the mat.", "A cat is sitting on a rug.", "Interest rates rose by two percent."]
+    whole = oa.embeddings.create(model=MODEL, input=texts)
+    floats = oa.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    a, b, c = ([x for x in d.embedding] for d in whole.data)
+    assert all(math.isclose(x, y, abs_tol=1e-6) for x, y in zip(a, floats.data[0].embedding))
+    dot = lambda x, y: sum(p * q for p, q in zip(x, y))
+    assert math.isclose(dot(a, a), 1, abs_tol=1e-4) and dot(a, b) > dot(a, c), (dot(a, b), dot(a, c))
+    assert whole.usage.prompt_tokens > 10
+
+
+@check
+def responses():
+    first = oa.responses.create(model=MODEL, input="My name is Ada.", instructions="Be brief.", max_output_tokens=16, temperature=0)
+    assert first.output_text and first.usage.input_tokens > 0
+    second = oa.responses.create(model=MODEL, input="Hello?", previous_response_id=first.id, max_output_tokens=8, temperature=0)
+    assert second.usage.input_tokens > first.usage.input_tokens and second.previous_response_id == first.id
+    assert oa.responses.retrieve(first.id).output_text == first.output_text
+    with oa.responses.stream(model=MODEL, input="My name is Ada.", instructions="Be brief.", max_output_tokens=16, temperature=0) as stream:
+        said = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        # The package hands out the last response of a stream that was completed; this one may be cut.
+    assert said == first.output_text
+    format = {"format": {"type": "json_schema", "name": "w", "strict": True, "schema": WEATHER}}
+    shaped = oa.responses.create(model=MODEL, input="Weather as JSON", text=format, max_output_tokens=80)
+    assert json.loads(shaped.output_text)["unit"] in "CF"
+    tool = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
+    called = oa.responses.create(model=MODEL, input="Weather in Paris?", tools=[tool], tool_choice="required", max_output_tokens=80)
+    assert called.output[0].type == "function_call" and json.loads(called.output[0].arguments)["unit"] in "CF"
+    oa.responses.delete(first.id)
+    try:
+        oa.responses.retrieve(first.id)
+    except openai.NotFoundError:
+        pass
+    else:
+        raise AssertionError("it was deleted")
+
+
+@check
+def anthropic_tools():
+    tool = {"name": "weather", "description": "The weather", "input_schema": WEATHER}
+    ask = dict(model=MODEL, max_tokens=80, tools=[tool])
+    made = an.messages.create(messages=PARIS, tool_choice={"type": "any"}, **ask)
+    block = made.content[0]
+    assert made.stop_reason == "tool_use" and block.name == "weather" and block.input["unit"] in "CF"
+    with an.messages.stream(messages=PARIS, tool_choice={"type": "tool", "name": "weather"}, **ask) as stream:
+        assert stream.get_final_message().content[0].input["unit"] in "CF"
+    turn = [*PARIS, {"role": "assistant", "content": [block.model_dump()]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "17 degrees"}]}]
+    assert an.messages.create(messages=turn, tool_choice={"type": "none"}, **ask).stop_reason != "tool_use"
+
+
+@check
+def langchain():
+    from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+
+    chat = ChatOpenAI(base_url=BASE + "/v1", api_key=KEY, model=MODEL, temperature=0, max_tokens=80)
+    assert chat.invoke("Say hello.").content
+    assert "".join(part.content for part in chat.stream("Say hello.")) == chat.invoke("Say hello.").content
+    shaped = chat.with_structured_output({"title": "weather", "description": "The weather", **WEATHER}, method="json_schema")
+    assert shaped.invoke("The weather in Paris.")["unit"] in "CF"
+    vectors = OpenAIEmbeddings(base_url=BASE + "/v1", api_key=KEY, model=MODEL, check_embedding_ctx_length=False)
+    assert len(vectors.embed_documents(["one", "two"])) == 2
 
 
 @check

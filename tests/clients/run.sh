@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
-# Real clients against a live server: tests/clients/run.sh [ANTEFIX]. Needs python3 with venv; the packages come through pip.
+# Real clients against a live server: tests/clients/run.sh [ANTEFIX]. Needs python3 with venv, and node for the npm packages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 antefix=${1:-target/release/antefix}
-venv=target/clients
-if [ ! -x "$venv/bin/python" ]; then
-    python3 -m venv "$venv"
+source tests/live.sh
+
+packages tests/clients/requirements.txt
+serve
+"$python" tests/clients/python_clients.py "$base"
+if npm --version >/dev/null 2>&1; then
+    mkdir -p target/clients-node
+    cp tests/clients/package.json tests/clients/node_clients.mjs target/clients-node/
+    (cd target/clients-node && npm install --silent --no-audit --no-fund && node node_clients.mjs "$base")
+else
+    echo "left out: the npm packages (there is no npm)"
 fi
-"$venv/bin/python" -c 'import openai, anthropic' 2>/dev/null || "$venv/bin/pip" install --quiet openai anthropic
-log=$(mktemp)
-"$antefix" serve --model smollm2 --port 0 2>"$log" &
-server=$!
-trap 'kill "$server" 2>/dev/null || true; rm -f "$log"' EXIT
-for _ in $(seq 300); do
-    base=$(sed -n 's/.* on \(http:[^ ]*\).*/\1/p' "$log")
-    [ -n "$base" ] && break
-    kill -0 "$server" 2>/dev/null || { cat "$log"; exit 1; }
-    sleep 0.1
-done
-"$venv/bin/python" tests/clients/python_clients.py "$base"
-kill -TERM "$server"
-wait "$server" # 0: it drained
-trap 'rm -f "$log"' EXIT
+finish
+
+# What the API's description allows, made up at random. A key keeps the answers short.
+packages tests/clients/requirements-fuzz.txt
+key=0123456789abcdef-fuzz
+config=$(mktemp)
+printf '[[keys]]\nname = "fuzz"\nkey = "%s"\nmax_tokens = 4\nn = 2\n' "$key" >"$config"
+serve --config "$config"
+"$venv/bin/schemathesis" run "$base/openapi.json" --header "Authorization: Bearer $key" \
+    --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance \
+    --phases examples,coverage,fuzzing --max-examples "${ANTEFIX_EXAMPLES:-12}" --seed 1 --workers 2 --no-shrink \
+    --suppress-health-check all --warnings off --generation-database none --request-timeout 60
+finish
+rm -f "$config"

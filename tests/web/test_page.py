@@ -141,6 +141,42 @@ def test_request_carries_settings(p, **_):
     assert "top_p" not in body, "fields left empty are not sent"
 
 
+def test_methods_come_from_the_server_with_their_settings(p, server):
+    known = p.page.evaluate("""async () => (await (await fetch('/v1/methods', {headers: sessionStorage['antefix.key']
+        ? {Authorization: `Bearer ${sessionStorage['antefix.key']}`} : {}})).json()).methods""")
+    assert p.page.locator("#method option").all_inner_texts() == ["dense", *[m["name"] for m in known]]
+    for method in known:
+        p.page.locator("#method").select_option(method["name"])
+        expect(p.page.locator("#method-about")).to_have_text(method["summary"])
+        for knob in method["knobs"]:
+            expect(p.page.get_by_label(knob["name"], exact=True)).to_have_attribute("placeholder", re.compile(".+"))
+    if not server:
+        return "the rest needs the mock's method"
+    p.page.locator("#method").select_option("jrt")
+    p.page.get_by_label("times", exact=True).fill("3")
+    p.page.get_by_label("times", exact=True).blur()
+    p.page.reload()
+    expect(p.page.locator("#connection")).to_have_text("Connected.")
+    expect(p.page.get_by_label("times", exact=True)).to_have_value("3")
+    with p.page.expect_request("**/v1/chat/completions") as sent:
+        p.send(SHORT)
+    assert sent.value.post_data_json["method"] == "jrt,times=3"
+    p.done(1)
+
+
+def test_the_api_is_documented(p, server, base, **_):
+    if server:
+        return "needs a live server"
+    p.page.goto(base + "/docs")
+    route = p.page.locator("summary", has_text="/v1/chat/completions")
+    expect(route).to_be_visible()
+    route.click()
+    expect(p.page.locator(".operation[open] code", has_text="temperature").first).to_be_visible()
+    p.page.set_viewport_size({"width": 360, "height": 720})
+    assert p.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    return None
+
+
 def test_stop_by_escape_and_by_button(p, **_):
     p.never_end()
     for n, stop in enumerate([lambda: p.page.keyboard.press("Escape"), lambda: p.page.locator("#stop").click()], 1):
