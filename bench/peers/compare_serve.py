@@ -53,6 +53,7 @@ class Flags:
         )
 
 
+FEW = [Flags(False, True), Flags(True, True)]
 TRIED = [Flags(fa, unified) for fa, unified in itertools.product([False, True], [True, False])] + [Flags(True, True, 256)]
 
 
@@ -67,6 +68,7 @@ def arguments():
     parser.add_argument("--threads", "-t", type=int, default=2)
     parser.add_argument("--ttft-ms", type=float, default=1000, help="a good request has its first token after this")
     parser.add_argument("--itl-ms", type=float, default=100, help="and takes this from token to token in the mean")
+    parser.add_argument("--few-flags", action="store_true", help="try only llama-server's four most promising settings")
     parser.add_argument("--fairness", action="store_true", help="a stream beside prompts of 7,000 words, instead of the rows")
     parser.add_argument("--own-client", action="store_true", help="`antefix bench --serve` on every row, instead of vllm-rs where it can")
     only = parser.add_mutually_exclusive_group()
@@ -213,7 +215,7 @@ def scan(session, beside, row):
     """llama-server's best format and flags for `row`: most good requests a second, then most tokens a second."""
     load = int(row.split(":")[1])
     tried = []
-    for format, flags in itertools.product(EQUAL, TRIED):
+    for format, flags in itertools.product(EQUAL, FEW if beside.args.few_flags else TRIED):
         try:
             with beside.llama(load, format, flags) as server:
                 found, others = beside.row(server, row, max(load, 4), seed=99)

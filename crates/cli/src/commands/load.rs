@@ -385,7 +385,7 @@ fn soak(args: &LoadArgs, target: &Target, pid: u32, minutes: f64, json: bool) ->
         let printed = match json {
             true => json_line(sample),
             false => line(format_args!(
-                "{:>6.1} min  rss {:>7.1} MiB  {:>3} files  {:>2} threads  {:>6} blocks  kv {:>6.1} MiB  {} answered, {} failed, {} open",
+                "{:>6.1} min  rss {:>7.1} MiB  {:>3} files  {:>2} threads  {:>6} blocks  kv {:>6.1} MiB  {} answered, {} failed, {} skipped, {} open",
                 sample.minutes,
                 sample.rss_mb,
                 sample.fds,
@@ -394,6 +394,7 @@ fn soak(args: &LoadArgs, target: &Target, pid: u32, minutes: f64, json: bool) ->
                 sample.kv_bytes as f64 / f64::from(1 << 20),
                 sample.answered,
                 sample.failed,
+                sample.skipped,
                 sample.open
             )),
         };

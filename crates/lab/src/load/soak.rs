@@ -44,6 +44,8 @@ pub struct SoakSample {
     pub answered: usize,
     /// Requests that were not.
     pub failed: usize,
+    /// Conversations that the client did not start, because too many were under way.
+    pub skipped: usize,
     /// Conversations under way.
     pub open: usize,
 }
@@ -117,6 +119,7 @@ pub fn soak(
     let rate = capacity(target, plan)? * plan.share;
     let start = Instant::now();
     let (answered, failed, open) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    let skipped = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -131,7 +134,7 @@ pub fn soak(
                 }
                 due += Duration::from_secs_f64(gap(rate, plan.seed, i));
                 if open.load(Ordering::Relaxed) >= MOST_OPEN {
-                    failed.fetch_add(1, Ordering::Relaxed);
+                    skipped.fetch_add(1, Ordering::Relaxed);
                     continue;
                 }
                 open.fetch_add(1, Ordering::Relaxed);
@@ -167,6 +170,7 @@ pub fn soak(
                     kv_bytes: stats["bytes_used"].as_u64().unwrap_or(0),
                     answered: answered.load(Ordering::Relaxed),
                     failed: failed.load(Ordering::Relaxed),
+                    skipped: skipped.load(Ordering::Relaxed),
                     open: open.load(Ordering::Relaxed),
                 })?;
             }
@@ -218,6 +222,7 @@ mod tests {
             kv_bytes: 1 << 20,
             answered: i,
             failed: 0,
+            skipped: 0,
             open: 0,
         };
         let slopes = slopes(&(0..90).map(sample).collect::<Vec<_>>());
