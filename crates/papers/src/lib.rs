@@ -22,6 +22,7 @@ pub mod rope_scaling;
 /// tests of combinations are made from it.
 pub const ALL: &[&dyn Method] = &[
     // methods: first
+    &act::Calibrated,
     &compresskv::CompressKv,
     &entropy_abf::EntropyAbf,
     &jrt::Jrt,
@@ -32,6 +33,7 @@ pub const ALL: &[&dyn Method] = &[
     &kv_baselines::pyramidkv::PyramidKv,
     &kv_baselines::random::Random,
     &razor_attention::RazorAttention,
+    &retrieval_heads::RetrievalHeads,
     &kv_baselines::snapkv::SnapKv,
     &kv_baselines::StreamingLlm,
     &rope_scaling::yarn::Yarn,

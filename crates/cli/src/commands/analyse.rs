@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use antefix_lab::attention::{HeadSummary, summaries};
 use antefix_lab::heads::{
-    MaskCurve, MaskMode, NeedleRuns, Pattern, Subject, heat_map, masking, pattern, retrieval,
+    MaskCurve, NeedleRuns, Pattern, Search, Subject, calibration, heat_map, masking, pattern, retrieval,
 };
 use antefix_models::store::sha256;
 use antefix_models::tokenizer::Specials;
+use antefix_papers::act::sinks::Rule;
 use antefix_papers::heads::{HeadProfile, HeadTest, spearman};
+use antefix_papers::retrieval_heads::mask::Mask;
 use anyhow::{Context, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -66,15 +68,15 @@ struct HeadsArgs {
     #[command(flatten)]
     run: RunArgs,
     /// What to look for
-    #[arg(long, value_parser = ["retrieval", "semantic", "induction", "echo", "sink", "previous"])]
+    #[arg(long, value_parser = ["retrieval", "semantic", "induction", "echo", "sink", "previous", "act"])]
     kind: String,
     /// Write the profile here; measurements that are in the file already are kept
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Needle runs
+    /// Needle runs; labelled examples for act
     #[arg(long, default_value_t = 60)]
     runs: usize,
-    /// Prompt lengths of the needle runs, tokens
+    /// Prompt lengths of the needle runs, tokens; for act the first counts
     #[arg(long, value_delimiter = ',', default_values_t = [512, 1024, 2048])]
     lengths: Vec<usize>,
     /// Places of the needle, 0 to 1
@@ -106,7 +108,7 @@ struct HeadsArgs {
     mask_draws: usize,
     /// Even attention (uniform) or no output (zero)
     #[arg(long, default_value = "uniform")]
-    mask_mode: MaskMode,
+    mask_mode: Mask,
     /// JSON lines
     #[arg(long)]
     json: bool,
@@ -224,6 +226,7 @@ fn heads(args: &HeadsArgs) -> Result<(), Failure> {
         seed: args.seed,
     };
     let tests = match args.kind.parse::<Pattern>() {
+        Err(_) if args.kind == "act" => vec![calibrated(args, &subject)?],
         Ok(kind) => {
             vec![
                 pattern(&subject, kind, args.segment, args.seed..args.seed + args.texts)
@@ -268,6 +271,23 @@ fn bar(length: usize, what: &'static str) -> ProgressBar {
     ProgressBar::new(length as u64)
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         .with_message(what)
+}
+
+fn calibrated(args: &HeadsArgs, subject: &Subject) -> Result<HeadTest, Failure> {
+    let spec = subject.model.spec();
+    let heads = spec.layers.saturating_sub(3) * spec.heads;
+    let bar = bar(heads, "heads");
+    let search = Search {
+        examples: args.runs,
+        length: args.lengths[0],
+        seed: args.seed,
+        beta: 0.4,
+    };
+    let test = calibration(subject, &search, Rule::PAPER, &mut |done| {
+        bar.set_position(done as u64)
+    });
+    bar.finish_and_clear();
+    test.map_err(Failure::input)
 }
 
 fn needles(args: &HeadsArgs, subject: &Subject, runs: &NeedleRuns) -> Result<Vec<HeadTest>, Failure> {

@@ -1,12 +1,10 @@
 //! What heads are good for: answers with the best heads switched off against as many others (paper `retrieval_heads`, section 2.4).
 
-use std::str::FromStr;
 use std::sync::Arc;
 
-use antefix_attention::hooks::{
-    Action, Cells, Edit, HookPlan, HookSpec, Observer, Positions, Set, Site, Sources,
-};
+use antefix_attention::hooks::{HookPlan, HookSpec, Observer, Sources};
 use antefix_papers::heads::{HeadTest, Ranked};
+use antefix_papers::retrieval_heads::mask::{Mask, mask};
 use antefix_papers::retrieval_heads::score::rouge1_recall;
 use serde::Serialize;
 
@@ -16,28 +14,6 @@ use crate::tasks::NEEDLES;
 
 /// Heads that random draws leave out (the paper's pool of best heads), as a part of all heads.
 const POOL: f64 = 0.1;
-
-/// How a head is switched off while the answer is written. The prompt is computed with all heads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum MaskMode {
-    /// Its query is 0: it reads all keys evenly, as in the paper's program.
-    Uniform,
-    /// Its output is 0.
-    Zero,
-}
-
-impl FromStr for MaskMode {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "uniform" => Ok(Self::Uniform),
-            "zero" => Ok(Self::Zero),
-            _ => Err(format!("`{name}` is no mask\nhint: uniform or zero")),
-        }
-    }
-}
 
 /// A masking experiment.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -49,7 +25,7 @@ pub struct MaskCurve {
     /// Random draws for each number.
     pub draws: usize,
     /// How.
-    pub mode: MaskMode,
+    pub mode: Mask,
 }
 
 /// Recall under one mask over all prompts.
@@ -69,24 +45,6 @@ pub struct MaskPoint {
     pub each: Vec<f64>,
 }
 
-/// The edits that switch `heads` off.
-pub(super) fn mask(heads: &[Ranked], mode: MaskMode) -> HookSpec {
-    let edit = |h: &Ranked| {
-        let (site, action) = match mode {
-            MaskMode::Uniform => (Site::RotQ, Action::Set(Set::Zero)),
-            MaskMode::Zero => (Site::Z, Action::Scale(0.0)),
-        };
-        Edit {
-            at: Cells::head(site, h.layer, h.head).at(Positions::Answer),
-            action,
-        }
-    };
-    HookSpec {
-        edits: heads.iter().map(edit).collect(),
-        ..HookSpec::default()
-    }
-}
-
 /// Runs the experiment with the ranking of `test`; `progress` is told the number of prompts done.
 ///
 /// # Errors
@@ -103,7 +61,7 @@ pub fn masking(
     let mut masks: Vec<(MaskPoint, HookSpec)> = Vec::new();
     for &heads in &curve.counts {
         let top = &ranking[..heads.min(ranking.len())];
-        masks.push((point("top", 0, heads), mask(top, curve.mode)));
+        masks.push((point("top", 0, heads), mask(&pairs(top), curve.mode)));
         // With no head off, one run says it all.
         for draw in 0..if heads == 0 { 0 } else { curve.draws } {
             let mut rng =
@@ -111,7 +69,7 @@ pub fn masking(
             let mut others = ranking[pool.min(ranking.len())..].to_vec();
             rng.shuffle(&mut others);
             others.truncate(heads);
-            masks.push((point("random", draw, heads), mask(&others, curve.mode)));
+            masks.push((point("random", draw, heads), mask(&pairs(&others), curve.mode)));
         }
     }
     for run in 0..curve.runs.runs {
@@ -146,4 +104,8 @@ fn point(which: &'static str, draw: usize, heads: usize) -> MaskPoint {
         recall: 0.0,
         each: Vec::new(),
     }
+}
+
+fn pairs(heads: &[Ranked]) -> Vec<(usize, usize)> {
+    heads.iter().map(|h| (h.layer, h.head)).collect()
 }

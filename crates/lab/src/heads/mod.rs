@@ -1,5 +1,6 @@
 //! What the heads of a model do: measured on real runs, kept as a profile that methods choose heads by.
 
+mod calibration;
 mod mask;
 mod needles;
 mod patterns;
@@ -14,9 +15,13 @@ use antefix_papers::retrieval_heads::score::NoRuns;
 
 use crate::plot::{self, HeatMap, PlotError};
 
-pub use mask::{MaskCurve, MaskMode, MaskPoint, masking};
+pub use calibration::{Search, calibration};
+pub use mask::{MaskCurve, MaskPoint, masking};
 pub use needles::{NeedleRun, NeedleRuns, retrieval};
 pub use patterns::{Pattern, pattern};
+
+#[cfg(test)]
+mod tests;
 
 /// A model under examination.
 #[derive(Clone)]

@@ -33,8 +33,163 @@
 //! # References
 //! Yu et al., Unveiling and Harnessing Hidden Attention Sinks, ICML 2024, arXiv 2406.15765.
 
+use std::sync::Arc;
+
+use antefix_attention::hooks::Hook;
+use antefix_attention::method::{
+    Axis, Card, HookMaker, Kind, Knob, Knobs, Method, Need, Paper, Preset, Rig, RigError,
+};
+
+use crate::heads::choose;
+use calibrate::{Act, Calibration, Mode};
+use sinks::{Rule, Threshold};
+
 pub mod calibrate;
 pub mod reference;
 pub mod sinks;
 #[cfg(test)]
 mod tests;
+
+/// The method.
+pub struct Calibrated;
+
+static CARD: Card = Card {
+    name: "act",
+    title: "Attention calibration (ACT)",
+    axis: Axis::Hooks,
+    exact: false,
+    summary: "In chosen heads, hands most of the weight on hidden sinks on to the other keys.",
+    paper: Paper {
+        title: "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration",
+        authors: "Yu et al.",
+        year: 2024,
+        reference: "arXiv 2406.15765",
+    },
+    knobs: &[
+        Knob {
+            name: "beta",
+            kind: Kind::float(0.0, 4.0),
+            default: Preset::Float(0.4),
+            unit: "",
+            help: "Part of a sink's weight that it keeps; above 1 it gains, the control experiment",
+            source: "the official scripts",
+        },
+        Knob {
+            name: "alpha",
+            kind: Kind::above(0.0, 1e6),
+            default: Preset::Float(5.0),
+            unit: "times 1/N",
+            help: "A key whose mean weight is above alpha/N is a sink",
+            source: "section 3, recalled",
+        },
+        Knob {
+            name: "threshold",
+            kind: Kind::float(0.0, 1.0),
+            default: Preset::Float(0.0),
+            unit: "mean weight",
+            help: "This fixed mean weight instead of alpha/N; 0: alpha/N",
+            source: "0.1 and 0.15 in the official scripts",
+        },
+        Knob {
+            name: "min_rows",
+            kind: Kind::int(1, 1 << 20),
+            default: Preset::Int(8),
+            unit: "rows",
+            help: "Keys that fewer rows have seen are no sinks",
+            source: "ours; 1 in the official program",
+        },
+        Knob {
+            name: "spare",
+            kind: Kind::Choice(&["first_token", "first_found"]),
+            default: Preset::Text("first_token"),
+            unit: "",
+            help: "Which key is never a sink",
+            source: "section 3; first_found: the official program",
+        },
+        Knob {
+            name: "mode",
+            kind: Kind::Choice(&["causal", "two_pass"]),
+            default: Preset::Text("causal"),
+            unit: "",
+            help: "By the rows before, or by the whole prompt where it is computed in one step",
+            source: "two_pass: the paper",
+        },
+        Knob {
+            name: "top",
+            kind: Kind::int(0, 4096),
+            default: Preset::Int(16),
+            unit: "heads",
+            help: "How many heads of the profile, best margin first",
+            source: "2 to 20 % of the heads in the official lists",
+        },
+        Knob {
+            name: "profile",
+            kind: Kind::Profile,
+            default: Preset::Text("default"),
+            unit: "",
+            help: "Profile of heads with the measurement act, from antefix analyse heads --kind act",
+            source: "ours",
+        },
+        Knob {
+            name: "heads",
+            kind: Kind::Text,
+            default: Preset::Text(""),
+            unit: "",
+            help: "These heads instead of the profile's: LAYER:HEAD+LAYER:HEAD",
+            source: "ours",
+        },
+    ],
+    query_dependent: false,
+    needs: &[Need::Profile("heads")],
+    neutral: Some("top=0"),
+    source: file!(),
+};
+
+impl Method for Calibrated {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn install(&self, knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError> {
+        let mut heads = vec![Vec::new(); rig.facts().layers.len()];
+        for (layer, head) in choose(knobs, rig, "act", knobs.size("top"))? {
+            heads[layer].push(head);
+        }
+        for layer in &mut heads {
+            layer.sort_unstable();
+            layer.dedup();
+        }
+        let threshold = match knobs.float("threshold") {
+            0.0 => Threshold::Alpha(knobs.float("alpha")),
+            least => Threshold::Fixed(least),
+        };
+        let calibration = Calibration {
+            heads,
+            rule: Rule {
+                threshold,
+                min_rows: knobs.size("min_rows") as u32,
+                spare_first_found: knobs.text("spare") == "first_found",
+            },
+            beta: knobs.float("beta") as f32,
+            mode: match knobs.text("mode") {
+                "two_pass" => Mode::TwoPass,
+                _ => Mode::Causal,
+            },
+        };
+        if !calibration.is_neutral() {
+            rig.add_hook(Arc::new(calibration));
+        }
+        Ok(())
+    }
+}
+
+impl HookMaker for Calibration {
+    fn make(&self, _prompt: usize) -> Box<dyn Hook> {
+        Box::new(Act::new(self.clone()))
+    }
+
+    fn sees_all(&self) -> bool {
+        // The means of a row are over all rows before it.
+        true
+    }
+}

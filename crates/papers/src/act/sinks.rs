@@ -23,6 +23,13 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// That of the paper, but for keys that hardly any row has seen.
+    pub const PAPER: Self = Self {
+        threshold: Threshold::Alpha(5.0),
+        min_rows: 8,
+        spare_first_found: false,
+    };
+
     /// Sinks among the keys of `columns`, which `rows` rows have seen, ascending.
     pub fn sinks(&self, columns: &Columns, rows: usize, window: Option<u32>) -> Vec<u32> {
         let rows = window.map_or(rows, |w| rows.min(w as usize));

@@ -153,6 +153,17 @@ fn act(heads: Vec<usize>, beta: f32, mode: Mode) -> Act {
 }
 
 #[test]
+fn it_conforms() {
+    antefix_conformance::method::check_with(
+        &super::Calibrated,
+        &[
+            "heads=0:0+1:1,beta=0.4,alpha=1.5,min_rows=1",
+            "heads=0:1,beta=2,threshold=0.02",
+        ],
+    );
+}
+
+#[test]
 fn two_passes_over_a_prompt_are_the_matrix_form() {
     let case = Case::new(None);
     let mut act = act(vec![0, 3], 0.4, Mode::TwoPass);

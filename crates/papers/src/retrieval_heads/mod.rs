@@ -18,8 +18,8 @@
 //! 4. (2.4) Heads are switched off while the answer is written, the best against as many others: what the best are good for.
 //!
 //! # Knobs
-//! Those of `antefix analyse heads`: lengths, depths, runs, seed; `--mask-mode uniform` sets a head's query to zero, so that it reads all
-//! keys evenly (the paper's program), `zero` its output.
+//! As a method of a request it does step 4. `mask=uniform` sets a head's query to zero, so that it reads all keys evenly (the paper's
+//! program), `mask=zero` its output. Steps 1 to 3 are `antefix analyse heads --kind retrieval`, which writes the profile.
 //!
 //! # Cost
 //! One more product of queries and keys in each step that draws a token; the prompt costs nothing extra.
@@ -31,7 +31,95 @@
 //! # References
 //! Wu et al., Retrieval Head Mechanistically Explains Long-Context Factuality, ICLR 2025, arXiv 2404.15574.
 
+use antefix_attention::method::{Axis, Card, Kind, Knob, Knobs, Method, Need, Paper, Preset, Rig, RigError};
+
+use crate::heads::choose;
+use mask::{Mask, mask};
+
+pub mod mask;
 pub mod reference;
 pub mod score;
 #[cfg(test)]
 mod tests;
+
+/// The method: what is left of an answer without the heads that retrieve.
+pub struct RetrievalHeads;
+
+static CARD: Card = Card {
+    name: "retrieval_heads",
+    title: "Retrieval heads, switched off",
+    axis: Axis::Hooks,
+    exact: false,
+    summary: "Switches the best retrieval heads of a profile off while the answer is written: what they are good for.",
+    paper: Paper {
+        title: "Retrieval Head Mechanistically Explains Long-Context Factuality",
+        authors: "Wu et al.",
+        year: 2025,
+        reference: "arXiv 2404.15574",
+    },
+    knobs: &[
+        Knob {
+            name: "top",
+            kind: Kind::int(0, 4096),
+            default: Preset::Int(8),
+            unit: "heads",
+            help: "How many of the best heads are switched off",
+            source: "section 4; 30 and more in models of 1,024 heads",
+        },
+        Knob {
+            name: "score",
+            kind: Kind::Choice(&["retrieval", "semantic"]),
+            default: Preset::Text("retrieval"),
+            unit: "",
+            help: "Which measurement of the profile ranks them",
+            source: "section 2; semantic: compresskv, section 3.1",
+        },
+        Knob {
+            name: "mask",
+            kind: Kind::Choice(&["uniform", "zero"]),
+            default: Preset::Text("uniform"),
+            unit: "",
+            help: "Even attention over all keys, or no output",
+            source: "uniform: the paper's program",
+        },
+        Knob {
+            name: "profile",
+            kind: Kind::Profile,
+            default: Preset::Text("default"),
+            unit: "",
+            help: "Profile of heads, from antefix analyse heads",
+            source: "ours",
+        },
+        Knob {
+            name: "heads",
+            kind: Kind::Text,
+            default: Preset::Text(""),
+            unit: "",
+            help: "These heads instead of the profile's: LAYER:HEAD+LAYER:HEAD",
+            source: "ours",
+        },
+    ],
+    query_dependent: false,
+    needs: &[Need::Profile("heads")],
+    neutral: Some("top=0"),
+    source: file!(),
+};
+
+impl Method for RetrievalHeads {
+    fn card(&self) -> &'static Card {
+        &CARD
+    }
+
+    fn install(&self, knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError> {
+        let test = match knobs.text("score") {
+            "semantic" => "semantic",
+            _ => "retrieval",
+        };
+        let heads = choose(knobs, rig, test, knobs.size("top"))?;
+        let mode = match knobs.text("mask") {
+            "zero" => Mask::Zero,
+            _ => Mask::Uniform,
+        };
+        rig.set_hooks(&mask(&heads, mode))
+    }
+}

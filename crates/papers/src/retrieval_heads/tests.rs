@@ -5,6 +5,14 @@ use proptest::prelude::*;
 use super::reference;
 use super::score::{Look, NoRuns, RunScore, mean, rouge1_recall};
 
+#[test]
+fn it_conforms() {
+    antefix_conformance::method::check_with(
+        &super::RetrievalHeads,
+        &["heads=0:0+1:1", "heads=1:0,mask=zero"],
+    );
+}
+
 /// The looks of a head at its rows.
 fn looks(rows: &[Vec<f64>], span: std::ops::Range<usize>) -> Vec<Look> {
     rows.iter()
