@@ -1,10 +1,12 @@
 //! `antefix analyse`: what goes on inside a model.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use antefix_lab::attention::{HeadSummary, summaries};
 use antefix_lab::heads::{
-    MaskCurve, NeedleRuns, Pattern, Search, Subject, calibration, heat_map, masking, pattern, retrieval,
+    MaskCurve, NeedleRun, NeedleRuns, Pattern, Search, Subject, calibration, heat_map, masking, pattern,
+    retrieval,
 };
 use antefix_models::store::sha256;
 use antefix_models::tokenizer::Specials;
@@ -91,12 +93,15 @@ struct HeadsArgs {
     /// Seed of prompts and draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Write every needle run to this file, one JSON object a line
+    /// Write every needle run to this file, one JSON object a line; runs that are in it already are not made again
     #[arg(long, value_name = "FILE")]
     rows: Option<PathBuf>,
     /// A picture of the scores, SVG
     #[arg(long, value_name = "FILE")]
     heat_map: Option<PathBuf>,
+    /// Take the measurement from the profile in --out, if it is there
+    #[arg(long, requires = "out")]
+    reuse: bool,
     /// Then switch off so many of the best heads, and as many others, while needles are answered
     #[arg(long, value_delimiter = ',')]
     mask: Vec<usize>,
@@ -225,7 +230,9 @@ fn heads(args: &HeadsArgs) -> Result<(), Failure> {
         runs: args.runs,
         seed: args.seed,
     };
+    let known = args.reuse && profile.test(&args.kind).is_ok();
     let tests = match args.kind.parse::<Pattern>() {
+        _ if known => Vec::new(),
         Err(_) if args.kind == "act" => vec![calibrated(args, &subject)?],
         Ok(kind) => {
             vec![
@@ -291,20 +298,39 @@ fn calibrated(args: &HeadsArgs, subject: &Subject) -> Result<HeadTest, Failure> 
 }
 
 fn needles(args: &HeadsArgs, subject: &Subject, runs: &NeedleRuns) -> Result<Vec<HeadTest>, Failure> {
+    let mut done: Vec<NeedleRun> = Vec::new();
+    let mut rows = None;
+    if let Some(file) = &args.rows {
+        let failed = |e: std::io::Error| Failure::other(anyhow!(e).context(format!("`{}`", file.display())));
+        let known = if file.is_file() {
+            super::read(file)?
+        } else {
+            Vec::new()
+        };
+        for line in String::from_utf8_lossy(&known).lines() {
+            let run = serde_json::from_str(line)
+                .with_context(|| format!("`{}` has a line that is no run", file.display()))
+                .map_err(Failure::Input)?;
+            done.push(run);
+        }
+        let open = std::fs::OpenOptions::new().create(true).append(true).open(file);
+        rows = Some(open.map_err(failed)?);
+    }
     let bar = bar(runs.runs, "needles");
-    let mut rows = String::new();
-    let tests = retrieval(subject, runs, &mut |run| {
+    bar.set_position(done.len() as u64);
+    let mut lost = None;
+    let tests = retrieval(subject, runs, done, &mut |run| {
         bar.inc(1);
-        if args.rows.is_some() {
-            rows += &serde_json::to_string(run).unwrap_or_default();
-            rows.push('\n');
+        if let Some(rows) = &mut rows {
+            let line = serde_json::to_string(run).unwrap_or_default();
+            lost = lost.take().or(writeln!(rows, "{line}").err());
         }
     });
     bar.finish_and_clear();
-    if let Some(file) = &args.rows {
-        write(file, &rows)?;
+    match lost {
+        Some(error) => Err(Failure::other(error)),
+        None => Ok(tests.map_err(Failure::input)?.into()),
     }
-    Ok(tests.map_err(Failure::input)?.into())
 }
 
 fn report(args: &HeadsArgs, profile: &HeadProfile, test: &HeadTest) -> Result<(), Failure> {

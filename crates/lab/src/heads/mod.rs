@@ -49,6 +49,12 @@ pub enum HeadsError {
     /// Hooks that do not fit: our mistake.
     #[error(transparent)]
     Hooks(#[from] antefix_attention::hooks::HookError),
+    /// Rows that do not belong to what was asked.
+    #[error("row {run} is of another run than the settings make\nhint: another --rows file")]
+    OtherRuns {
+        /// Number of the run.
+        run: usize,
+    },
     /// A prompt of that length cannot hold the needle, or does not fit the model.
     #[error("prompts of {length} tokens are not possible: from 128 to the model's {context} less 64")]
     Length {

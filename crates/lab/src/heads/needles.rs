@@ -8,7 +8,7 @@ use antefix_attention::readout::{Group, HeadReading, Reads};
 use antefix_engine::{Session, argmax};
 use antefix_papers::heads::{HeadTest, spearman};
 use antefix_papers::retrieval_heads::score::{ACCEPT, Look, RunScore, mean, rouge1_recall};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{HeadsError, Subject};
 use crate::tasks::{Kit, NEEDLES, Prose, needle_run};
@@ -41,7 +41,8 @@ pub(super) struct Question {
 }
 
 /// What one run brought.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NeedleRun {
     /// Number of the run.
     pub run: usize,
@@ -171,22 +172,33 @@ fn look(reading: &HeadReading, step: usize) -> Option<Look> {
     })
 }
 
-/// Makes the runs, telling each to `each`, and returns the measurements `retrieval` and `semantic`.
+/// Makes the runs that are not `done` yet, telling each to `each`, and returns the measurements `retrieval` and `semantic`.
 ///
 /// # Errors
-/// When the model fails, a length is impossible, or no run was answered.
+/// When the model fails, a length is impossible, `done` are other runs than these, or no run was answered.
 pub fn retrieval(
     subject: &Subject,
     runs: &NeedleRuns,
+    mut done: Vec<NeedleRun>,
     each: &mut dyn FnMut(&NeedleRun),
 ) -> Result<[HeadTest; 2], HeadsError> {
-    let mut done = Vec::with_capacity(runs.runs);
-    for run in 0..runs.runs {
+    let spec = subject.model.spec();
+    done.truncate(runs.runs);
+    for (run, known) in done.iter().enumerate() {
+        let question = runs.question(subject, run)?;
+        let same = (known.run, known.needle, known.depth, known.tokens)
+            == (run, question.needle, question.depth, question.prompt.len());
+        let heads = spec.layers * spec.heads;
+        if !same || known.retrieval.len() != heads || known.semantic.len() != heads {
+            return Err(HeadsError::OtherRuns { run });
+        }
+    }
+    for run in done.len()..runs.runs {
         let result = one(subject, run, &runs.question(subject, run)?)?;
         each(&result);
         done.push(result);
     }
-    tables(subject.model.spec().heads, runs, &done)
+    tables(spec.heads, runs, &done)
 }
 
 fn tables(heads: usize, runs: &NeedleRuns, done: &[NeedleRun]) -> Result<[HeadTest; 2], HeadsError> {

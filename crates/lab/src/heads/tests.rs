@@ -109,7 +109,7 @@ fn a_model_that_does_not_answer_gives_an_error_and_no_table() {
         seed: 1,
     };
     let mut seen = Vec::new();
-    let error = retrieval(&subject, &runs, &mut |run| seen.push(run.clone())).unwrap_err();
+    let error = retrieval(&subject, &runs, Vec::new(), &mut |run| seen.push(run.clone())).unwrap_err();
     assert!(
         matches!(error, HeadsError::NoRuns(_)),
         "random weights answer nothing: {error}"
@@ -121,8 +121,17 @@ fn a_model_that_does_not_answer_gives_an_error_and_no_table() {
     );
     // The same seed makes the same runs.
     let mut again = Vec::new();
-    let _ = retrieval(&subject, &runs, &mut |run| again.push(run.clone()));
+    let _ = retrieval(&subject, &runs, Vec::new(), &mut |run| again.push(run.clone()));
     assert_eq!(seen, again);
+    // What is done is not made again, and rows of other settings are refused.
+    let mut rest = Vec::new();
+    let _ = retrieval(&subject, &runs, seen[..1].to_vec(), &mut |run| {
+        rest.push(run.clone())
+    });
+    assert_eq!(rest, seen[1..]);
+    let other = NeedleRuns { seed: 2, ..runs };
+    let error = retrieval(&subject, &other, seen, &mut |_| ()).unwrap_err();
+    assert!(matches!(error, HeadsError::OtherRuns { run: 0 }), "{error}");
 }
 
 #[test]
@@ -136,7 +145,7 @@ fn impossible_lengths_are_refused() {
             seed: 1,
         };
         assert!(matches!(
-            retrieval(&subject, &runs, &mut |_| ()),
+            retrieval(&subject, &runs, Vec::new(), &mut |_| ()),
             Err(HeadsError::Length { .. })
         ));
     }
