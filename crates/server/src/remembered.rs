@@ -131,7 +131,7 @@ mod tests {
             r.get("d", 1).is_none() && r.get("b", 1).is_some(),
             "too large to keep"
         );
-        r.insert("e".into(), entry(1, &"x".repeat(980)));
+        r.insert("e".into(), entry(1, &"x".repeat(992)));
         assert!(
             r.get("b", 1).is_none() && r.get("e", 1).is_some(),
             "bytes count, too"

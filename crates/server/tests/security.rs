@@ -151,7 +151,7 @@ async fn each_limit_of_a_key_holds() {
         ask(json!({"prompt": "x", "max_tokens": 5, "n": 3}), a).await.0,
         400
     );
-    let large = json!({"prompt": "x".repeat(3000), "max_tokens": 1});
+    let large = json!({"prompt": "x", "max_tokens": 1, "user": "y".repeat(3000)});
     assert_eq!(ask(large.clone(), a).await.0, 413);
     assert_eq!(ask(large, "bbbbbbbbbbbbbbbb").await.0, 200);
     let (status, value) = ask(
