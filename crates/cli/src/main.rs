@@ -44,6 +44,10 @@ enum Command {
     Detokenize(commands::tokenize::DetokenizeArgs),
     /// Look into, check or empty a folder of cached prefixes
     Cache(commands::cache::Args),
+    /// Compute documents ahead, so that prompts find them
+    Ingest(commands::ingest::Args),
+    /// What reusing documents gains and loses on a model: time to the first token, distance from full prefill
+    BlendCheck(commands::blend_check::Args),
     /// List, pull, show and remove models
     Models(commands::models::Args),
     /// The methods that `--method` takes, with their knobs
@@ -75,6 +79,8 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),
         Command::Cache(args) => commands::cache::run(&args),
+        Command::Ingest(args) => commands::ingest::run(&args),
+        Command::BlendCheck(args) => commands::blend_check::run(&args),
         Command::Models(args) => commands::models::run(args),
         Command::Methods(args) => commands::methods::run(&args),
         Command::Explain(args) => commands::explain::run(&args),

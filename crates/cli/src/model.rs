@@ -103,6 +103,11 @@ pub(crate) fn files(path: &Path) -> Result<ModelFiles, Failure> {
     ModelFiles::open(path).map_err(Failure::input)
 }
 
+/// Where documents that were computed ahead lie: `chunks/` in antefix's home.
+pub(crate) fn chunk_folder() -> Result<PathBuf, Failure> {
+    Ok(Store::open().map_err(Failure::input)?.home().join("chunks"))
+}
+
 /// The path of kernels to use.
 pub(crate) fn cpu() -> Result<Cpu, Failure> {
     Cpu::from_env().map_err(|e| Failure::Input(anyhow!(e)))
@@ -161,6 +166,28 @@ impl Loaded {
 
     /// An engine for one conversation of at most `context` tokens; default: what the model was trained for, up to 8,192.
     pub(crate) fn engine(&self, context: Option<usize>) -> Result<Engine, Failure> {
+        self.engine_with_room(context, 0)
+    }
+
+    /// An engine for one prompt of `tokens` tokens whose documents are reused: there may be more of them than fit into the context. Those
+    /// that were computed ahead are found.
+    pub(crate) fn engine_for_documents(
+        &self,
+        context: Option<usize>,
+        tokens: usize,
+    ) -> Result<Engine, Failure> {
+        // The stored rows, those that are computed again, and pages that are not full.
+        let engine = self.engine_with_room(context, tokens * 2)?;
+        let folder = chunk_folder()?;
+        if !folder.is_dir() {
+            return Ok(engine);
+        }
+        let identity = antefix_engine::identity(&self.model).map_err(Failure::other)?;
+        Ok(engine.with_chunks(identity.fingerprint(), folder))
+    }
+
+    /// Memory for the context, or for `room` tokens if that is more.
+    fn engine_with_room(&self, context: Option<usize>, room: usize) -> Result<Engine, Failure> {
         let trained = self.model.spec().context;
         let context = context.unwrap_or(trained.min(8192));
         if context == 0 || context > antefix_kernels::ops::MAX_POSITIONS {
@@ -171,7 +198,7 @@ impl Loaded {
         }
         let sizes = Pool::new(self.model.kv_shape(), 0);
         // One sequence, and as much again for prefixes that stay cached.
-        let kv_bytes = sizes.bytes_for(context.min(trained) + 64) * 2;
+        let kv_bytes = sizes.bytes_for(context.min(trained).max(room) + 64) * 2;
         let options = Options {
             kv_bytes,
             context,

@@ -164,7 +164,15 @@ pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, traffic: &Traffic)
     let cut = |(_, raw): &(usize, RawJob)| {
         let cuts = raw.program.as_ref().is_some_and(|p| p.policy().is_some());
         let twice = sizes.bytes_for(prompt_tokens(raw)) * 2 + sizes.shape().block_bytes();
-        if cuts { twice } else { 0 }
+        // Documents fill pages of their own, and their rows that are computed again others.
+        let reuses = raw.program.as_ref().is_some_and(|p| p.chunk_use().is_some());
+        let whole = raw.tokens.len() + raw.max_tokens.unwrap_or(0);
+        let apart = sizes.bytes_for(whole) * 2 + sizes.shape().block_bytes() * (raw.documents.len() + 2);
+        match (cuts, reuses) {
+            (true, _) => twice,
+            (_, true) => apart,
+            _ => 0,
+        }
     };
     let cut = traffic.arrivals.iter().map(cut).max().unwrap_or(0);
     let options = Options {

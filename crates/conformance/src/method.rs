@@ -344,7 +344,8 @@ pub fn pair(one: &'static dyn Method, other: &'static dyn Method) -> Pair {
     Pair::Works
 }
 
-/// The defaults, but for whole numbers in rows or tokens, which are small enough for a short prompt.
+/// The defaults, but for whole numbers in rows or tokens, which are small enough for a short prompt: budgets 48, windows and the like 16,
+/// so that a budget holds its window.
 fn small(card: &'static Card) -> Knobs {
     let mut given = BTreeMap::new();
     for knob in card.knobs {
@@ -352,7 +353,11 @@ fn small(card: &'static Card) -> Knobs {
         if let (Kind::Int { min, max }, true) = (knob.kind, counts)
             && let antefix_attention::method::Preset::Int(default) = knob.default
         {
-            given.insert(knob.name.to_string(), Value::Int(default.min(24).clamp(min, max)));
+            let small = if knob.name == "budget" { 48 } else { 16 };
+            given.insert(
+                knob.name.to_string(),
+                Value::Int(default.min(small).clamp(min, max)),
+            );
         }
     }
     Knobs::new(card, &given).unwrap_or_else(|e| panic!("values from the ranges: {e}"))

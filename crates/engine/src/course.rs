@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use antefix_attention::method::{CachePolicy, LayerView, Program};
-use antefix_attention::{Angles, Extra};
+use antefix_attention::{Angles, ChunkUse, Extra};
 use antefix_kv::{Edit, EditError, LayerEdit, Policy, Pool, SeqState};
 use antefix_models::decoder::Model;
 
 use crate::job::Job;
+use crate::reuse::Provenance;
 use crate::tail::Tail;
 
 /// What the methods of a request did.
@@ -25,6 +26,8 @@ pub struct MethodReport {
     pub edits: usize,
     /// Tokens of the prompt before methods rewrote it.
     pub prompt_before: usize,
+    /// Where the rows of reused documents came from.
+    pub documents: Option<Provenance>,
 }
 
 /// The methods of one sequence at work. A sequence that lost its memory starts its course again and comes to the same state.
@@ -37,6 +40,7 @@ pub(crate) struct Course {
     prompt: usize,
     prompt_before: usize,
     edits: usize,
+    documents: Option<Provenance>,
 }
 
 struct Decider {
@@ -72,7 +76,19 @@ impl Course {
             prompt: job.tokens.len(),
             prompt_before: job.prompt_before,
             edits: 0,
+            documents: None,
         }
+    }
+
+    /// How its documents are reused, and in whose name what becomes of them is approximate.
+    pub(crate) fn reuse(&self) -> Option<(Arc<dyn ChunkUse>, Policy)> {
+        let how = self.program.chunk_use()?;
+        Some((Arc::clone(how), Policy::new(&self.program.tag())))
+    }
+
+    /// Its documents were found, computed or mended.
+    pub(crate) fn note_documents(&mut self, provenance: Provenance) {
+        self.documents = Some(provenance);
     }
 
     /// Begins again: everything that was decided is forgotten.
@@ -177,7 +193,7 @@ impl Course {
         if self.program.is_dense() {
             return None;
         }
-        let dense = pool.bytes_for(state.next_pos() as usize);
+        let dense = pool.bytes_for(state.done());
         let pages: usize = state.context.refs().map(|r| r.segment.page_count()).sum();
         let held = pages * pool.shape().page_bytes() + pool.bytes_for(state.tail.len());
         Some(MethodReport {
@@ -190,6 +206,7 @@ impl Course {
             },
             edits: self.edits,
             prompt_before: self.prompt_before,
+            documents: self.documents.clone(),
         })
     }
 }

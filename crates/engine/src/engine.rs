@@ -1,11 +1,12 @@
 //! The loop: admit what fits, schedule, run the model, sample, report.
 
 use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use antefix_attention::method::Program;
-use antefix_kv::{EditError, KvError, Pool, Radix, SeqKv, SeqState};
+use antefix_kv::{ChunkStats, ChunkStore, EditError, Fingerprint, KvError, Pool, Radix, SeqKv, SeqState};
 use antefix_models::decoder::{Extra, ForwardError, Input, Model, Scratch};
 use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
@@ -14,6 +15,7 @@ use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabout
 use crate::course::{Course, MethodReport};
 use crate::job::{Job, JobError, Pooling};
 use crate::pace::{Pace, Work};
+use crate::reuse::Library;
 use crate::sampler::{Sampler, log_probs};
 use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
 use crate::stop::{StopMatcher, Stopped};
@@ -177,12 +179,12 @@ impl Seq {
         Self {
             id,
             kv,
-            course,
             prompt: tokens.len(),
             tokens,
             cached: None,
             loaded: 0,
-            looked_below: job.no_cache || job.recompute(),
+            looked_below: job.no_cache || job.recompute() || course.reuse().is_some(),
+            course,
             sampler: Sampler::new(job.sampling.clone()),
             decoder: StreamDecoder::new(),
             stop: StopMatcher::new(job.stop.clone()),
@@ -195,7 +197,7 @@ impl Seq {
 
     /// Tokens computed so far.
     fn done(&self) -> usize {
-        self.kv.next_pos() as usize
+        self.kv.done()
     }
 
     /// Tokens that can be computed before its cache policy decides again.
@@ -285,6 +287,7 @@ pub struct Engine {
     asked_context: usize,
     pool: Pool,
     cache: Cache,
+    chunks: ChunkStore,
     waiting: Vec<Seq>,
     running: Vec<Seq>,
     /// Rows computed for each tenant that waits or runs; a new one starts level with the least of them.
@@ -315,6 +318,7 @@ impl Engine {
             asked_context,
             pool,
             cache,
+            chunks: ChunkStore::new(Fingerprint::default(), None),
             waiting: Vec::new(),
             running: Vec::new(),
             used: HashMap::new(),
@@ -325,6 +329,20 @@ impl Engine {
             logits: Vec::new(),
             masked: Vec::new(),
         }
+    }
+
+    /// The same engine, keeping documents that are reused in `folder` as well, under the fingerprint of the model's
+    /// [`crate::identity`]. What was kept before is forgotten.
+    #[must_use]
+    pub fn with_chunks(mut self, fingerprint: Fingerprint, folder: PathBuf) -> Self {
+        self.chunks.clear(&mut self.pool);
+        self.chunks = ChunkStore::new(fingerprint, Some(folder));
+        self
+    }
+
+    /// Figures of the documents that are kept for reuse.
+    pub fn chunks(&self) -> ChunkStats {
+        self.chunks.stats(&self.pool)
     }
 
     /// The same engine, caching as `options` say. What was cached before is forgotten.
@@ -439,6 +457,10 @@ impl Engine {
     /// When it could not run even alone.
     pub fn submit(&mut self, mut job: Job) -> Result<SeqId, JobError> {
         let mut need = self.pool.bytes_for(job.tokens.len() + job.max_tokens);
+        if job.program.chunk_use().is_some() {
+            // Prefix and documents fill pages of their own, and rows that are computed again stand beside the stored ones.
+            need = need * 2 + self.pool.bytes_for(PAGE_ROWS) * (job.documents.len() + 2);
+        }
         if job.program.policy().is_some() {
             // The rows that stay are written before the others are freed.
             need = need.max(self.pool.bytes_for(job.tokens.len()) * 2 + self.pool.shape().block_bytes());
@@ -488,7 +510,7 @@ impl Engine {
     /// When the model failed; the sequences of the batch end with [`Done::Failed`].
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<StepReport, EngineError> {
         self.cache.work(&mut self.pool);
-        self.admit()?;
+        self.admit(events)?;
         if self.running.is_empty() {
             self.cache.wait_for_block();
         }
@@ -645,7 +667,7 @@ impl Engine {
     }
 
     /// Starts waiting requests, the next in line first, as long as memory for their prompts is there.
-    fn admit(&mut self) -> Result<(), EngineError> {
+    fn admit(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
         self.look_below();
         loop {
             let ready: Vec<usize> = self.ready().collect();
@@ -661,6 +683,12 @@ impl Engine {
             let Some(at) = next_in_line(&line).map(|i| ready[i]) else {
                 return Ok(());
             };
+            if self.waiting[at].course.reuse().is_some() {
+                match self.admit_reuse(at, events) {
+                    true => continue,
+                    false => return Ok(()),
+                }
+            }
             let seq = &self.waiting[at];
             // A request whose prefix is just being computed by another waits for it rather than computing it again.
             if !seq.job.no_cache && !seq.job.recompute() && self.prefix_in_flight(seq) {
@@ -682,7 +710,7 @@ impl Engine {
             let spare = self.pool.shape().block_bytes() * self.running.len();
             let need = self.pool.bytes_for(more + PAGE_ROWS);
             if self.pool.free_bytes() < need + spare {
-                self.cache.evict(&mut self.pool, need + spare);
+                free(&mut self.cache, &mut self.chunks, &mut self.pool, need + spare);
             }
             let enough = self.running.is_empty() || self.pool.free_bytes() >= need + spare;
             let reserved = match enough {
@@ -695,7 +723,7 @@ impl Engine {
             if let Err(error) = reserved {
                 self.pool.release(kv);
                 if self.running.is_empty() && self.cache.give_loads_up(&mut self.pool) {
-                    self.cache.evict(&mut self.pool, need);
+                    free(&mut self.cache, &mut self.chunks, &mut self.pool, need);
                     continue;
                 }
                 // Somebody who runs will end and free memory; alone it must fit, or `submit` would have refused.
@@ -713,6 +741,48 @@ impl Engine {
             }
             self.running.push(seq);
         }
+    }
+
+    /// Starts the waiting request `at`, whose documents are reused: they are found or computed here, and everything behind them but the
+    /// last token. Returns whether it is out of the line; if not, it waits for memory.
+    fn admit_reuse(&mut self, at: usize, events: &mut Vec<Event>) -> bool {
+        let seq = &self.waiting[at];
+        let Some((how, policy)) = seq.course.reuse() else {
+            return false;
+        };
+        let mut library = Library {
+            model: &self.model,
+            pool: &mut self.pool,
+            chunks: &mut self.chunks,
+            scratch: &mut self.scratch,
+        };
+        let need = library.need(&seq.tokens, &seq.job.documents, how.as_ref(), seq.job.salt);
+        if self.pool.free_bytes() < need {
+            free(&mut self.cache, &mut self.chunks, &mut self.pool, need);
+        }
+        if self.pool.free_bytes() < need && !self.running.is_empty() {
+            return false;
+        }
+        let mut seq = self.waiting.remove(at);
+        let mut library = Library {
+            model: &self.model,
+            pool: &mut self.pool,
+            chunks: &mut self.chunks,
+            scratch: &mut self.scratch,
+        };
+        let salt = seq.job.salt;
+        match library.start(&seq.tokens, &seq.job.documents, (how.as_ref(), &policy), salt, 1) {
+            Ok((kv, provenance)) => {
+                seq.kv = kv;
+                seq.cached.get_or_insert(provenance.found);
+                seq.course.note_documents(provenance);
+                // A folder that cannot be written costs later hits, not this answer.
+                let _ = self.chunks.flush(&self.pool);
+                self.running.push(seq);
+            }
+            Err(_) => self.end(seq, Done::Failed, events),
+        }
+        true
     }
 
     /// Has the tiers asked for prompts of which they may have more than the memory.
@@ -744,7 +814,7 @@ impl Engine {
                     break;
                 };
                 let short = self.pool.bytes_for(part.tokens + PAGE_ROWS);
-                self.cache.evict(&mut self.pool, short);
+                free(&mut self.cache, &mut self.chunks, &mut self.pool, short);
                 let seq = &mut self.running[at];
                 if self.pool.reserve(&mut seq.kv.tail, part.tokens).is_ok() {
                     break;
@@ -777,7 +847,12 @@ impl Engine {
                 return Err(error.into());
             };
             let before = self.pool.free_bytes();
-            self.cache.evict(&mut self.pool, asked.max(before + 1));
+            free(
+                &mut self.cache,
+                &mut self.chunks,
+                &mut self.pool,
+                asked.max(before + 1),
+            );
             if self.pool.free_bytes() > before {
                 continue;
             }
@@ -803,7 +878,7 @@ impl Engine {
         // What a policy decided is decided again, at the same places.
         seq.course.restart();
         seq.prompt_logprobs.clear();
-        seq.looked_below = seq.job.no_cache || seq.job.recompute();
+        seq.looked_below = seq.job.no_cache || seq.job.recompute() || seq.course.reuse().is_some();
         seq.pooled.clear();
         self.preempted += 1;
         self.waiting.push(seq);
@@ -814,7 +889,8 @@ impl Engine {
         let computing = self
             .running
             .iter()
-            .filter(|s| s.done() < s.prompt && !s.job.no_cache && s.job.salt == seq.job.salt);
+            .filter(|s| s.done() < s.prompt && !s.job.no_cache && s.job.salt == seq.job.salt)
+            .filter(|s| s.course.reuse().is_none());
         let in_common = |s: &Seq| {
             let pairs = s.tokens[..s.prompt].iter().zip(known);
             pairs.take_while(|(a, b)| a == b).count() / PAGE_ROWS * PAGE_ROWS
@@ -866,6 +942,14 @@ impl Engine {
         if !self.waiting.iter().any(still) && !self.running.iter().any(still) {
             self.used.remove(&tenant);
         }
+    }
+}
+
+/// Forgets what nobody reads until `bytes` are free, as far as it goes: prefixes first, then documents.
+fn free(cache: &mut Cache, chunks: &mut ChunkStore, pool: &mut Pool, bytes: usize) {
+    cache.evict(pool, bytes);
+    if pool.free_bytes() < bytes {
+        chunks.evict(pool, bytes);
     }
 }
 

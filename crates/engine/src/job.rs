@@ -133,6 +133,22 @@ pub enum JobError {
         /// The methods.
         method: String,
     },
+    /// Rows of reused documents are not computed, so nothing can be told of them.
+    #[error("`{method}` does not compute the documents again, so that {what} cannot be told")]
+    NotComputed {
+        /// The methods.
+        method: String,
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// Documents that cannot be reused in this prompt.
+    #[error(
+        "`{method}` needs something in front of the documents and a question behind them\nhint: use a chat template or a system message"
+    )]
+    Bare {
+        /// The methods.
+        method: String,
+    },
     /// Hooks that do not fit the model.
     #[error("{0}")]
     Hooks(String),
@@ -168,6 +184,8 @@ pub struct Job {
     /// The queries that its cache policy sees.
     pub(crate) tail: Option<Arc<Tail>>,
     pub(crate) pooling: Option<Pooling>,
+    /// Where documents lie in the prompt, if they are reused.
+    pub(crate) documents: Vec<Range<usize>>,
 }
 
 impl Job {
@@ -231,6 +249,7 @@ impl Job {
             decide_at: prompt,
             tail: None,
             pooling: raw.pooling,
+            documents: Vec::new(),
         })
     }
 }

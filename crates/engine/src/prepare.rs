@@ -1,5 +1,6 @@
 //! From a request to a job that can run: methods rewrite the prompt and hang their hooks before anything is checked.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::hooks::{HookPlan, HookSpec, Observer, Sources};
@@ -49,6 +50,7 @@ impl Engine {
             .filter(|_| raw.question_after_cut)
             .unwrap_or(prompt.tokens.len());
         raw.tokens = prompt.tokens;
+        let saved = saved(&raw, &program, &prompt.documents)?;
         let sight = program.policy().and_then(|policy| policy.sight(decide_at));
         let layers = self.model().spec().layers;
         let tail = sight.filter(|s| s.queries > 0).map(|s| {
@@ -56,8 +58,11 @@ impl Engine {
             Arc::new(Tail::new(rows, decide_at, layers))
         });
         self.hang_hooks(&mut raw, &program, tail.as_ref())?;
-        let context = self.context_with(&program);
+        let context = self.context_with(&program).saturating_add(saved);
         let mut job = Job::new(raw, vocab, context)?;
+        if program.chunk_use().is_some() {
+            job.documents = prompt.documents;
+        }
         job.prompt_before = before;
         job.decide_at = decide_at;
         job.tail = tail;
@@ -97,4 +102,31 @@ impl Engine {
         raw.hooks = Some(observer);
         Ok(())
     }
+}
+
+/// Tokens whose positions are used more than once, because documents stand side by side: so many more fit into the context.
+fn saved(raw: &RawJob, program: &Program, documents: &[Range<usize>]) -> Result<usize, JobError> {
+    let (Some(how), Some(first), Some(last)) = (program.chunk_use(), documents.first(), documents.last())
+    else {
+        return Ok(0);
+    };
+    let method = || program.name();
+    if first.start == 0 || last.end >= raw.tokens.len() {
+        return Err(JobError::Bare { method: method() });
+    }
+    for (asked, what) in [
+        (raw.prompt_logprobs, "log-probabilities of the prompt"),
+        (raw.hooks.is_some(), "its activations"),
+    ] {
+        if asked {
+            return Err(JobError::NotComputed {
+                method: method(),
+                what,
+            });
+        }
+    }
+    let ends = documents.iter().skip(1).map(|d| d.start).chain([last.end]);
+    let sizes: Vec<usize> = documents.iter().zip(ends).map(|(d, end)| end - d.start).collect();
+    let next = how.layout(first.start, &sizes).next as usize;
+    Ok(last.end.saturating_sub(next))
 }

@@ -244,6 +244,44 @@ impl Library<'_> {
         result.map(|()| provenance)
     }
 
+    /// Bytes that [`Library::start`] will take: chunks that are not in memory, rows that are computed again, and the rest of the prompt.
+    pub fn need(
+        &mut self,
+        tokens: &[u32],
+        documents: &[Range<usize>],
+        how: &dyn ChunkUse,
+        salt: u64,
+    ) -> usize {
+        let Ok(cut) = Cut::new(tokens, documents) else {
+            return 0;
+        };
+        let missing = |tokens: &&[u32]| {
+            let text = ChunkText {
+                prefix: cut.prefix,
+                tokens,
+            };
+            !self.chunks.contains(self.chunks.key(ALONE, salt, text))
+        };
+        let new: usize = cut
+            .chunks
+            .iter()
+            .copied()
+            .filter(missing)
+            .map(|c| self.pool.bytes_for(c.len()))
+            .sum();
+        let rows: usize = cut.chunks.iter().map(|c| c.len()).sum();
+        let mended = how.mend(self.pool.shape().layers, rows).map_or(0, |mend| {
+            // Layer 1 computes all rows, each later layer those that the one before has kept.
+            let kept: usize = rows + mend.keep.iter().skip(1).sum::<usize>();
+            let pages = kept.div_ceil(PAGE_ROWS) + mend.keep.len();
+            pages * self.pool.shape().kv_heads * self.pool.shape().page_bytes()
+        });
+        new + mended
+            + self
+                .pool
+                .bytes_for(cut.prefix.len() + cut.question.len() + 3 * PAGE_ROWS)
+    }
+
     fn prefix(&mut self, tokens: &[u32], salt: u64) -> Result<Arc<Segment>, ReuseError> {
         let text = ChunkText { prefix: &[], tokens };
         let key = self.chunks.key(ALONE, salt, text);

@@ -9,7 +9,7 @@ use crate::tokenizer::{Specials, Tokenizer};
 pub struct WithDocuments {
     /// All tokens.
     pub tokens: Vec<u32>,
-    /// Where each document that is not empty lies.
+    /// Where each document that is not empty lies, with the empty line behind it.
     pub documents: Vec<Range<usize>>,
 }
 
@@ -37,10 +37,12 @@ pub fn encode(tokenizer: &Tokenizer, text: &str, documents: &[String]) -> WithDo
     for document in documents {
         let from = out.tokens.len();
         out.tokens.extend(tokenizer.encode(document, Specials::Plain));
-        if out.tokens.len() > from {
+        let empty = out.tokens.len() == from;
+        out.tokens.extend(tokenizer.encode("\n\n", Specials::Plain));
+        // The line belongs to the document: it has the same tokens wherever it stands.
+        if !empty {
             out.documents.push(from..out.tokens.len());
         }
-        out.tokens.extend(tokenizer.encode("\n\n", Specials::Plain));
     }
     out.tokens.extend(tokenizer.encode(after, Specials::Parse));
     out

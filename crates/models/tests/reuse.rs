@@ -295,6 +295,24 @@ fn the_sets_are_nested_and_as_large_as_the_schedule_says() {
 }
 
 #[test]
+fn a_prompt_may_end_with_its_documents() {
+    let mut bench = Bench::new(Arch::Qwen2);
+    let mut prompt = Prompt::new(&[50, 20]);
+    prompt.question.clear();
+    let (settled, chunks) = prompt.place(&mut bench);
+    for keep in [0, 5, 1000] {
+        let keep = vec![keep; bench.model.spec().layers];
+        let (done, tail, logits) = prompt.blend(&mut bench, (&settled, &chunks), &keep, Deviation::Values);
+        assert!(logits.is_empty());
+        assert_eq!((done.rows.len(), done.chosen.len()), (keep.len(), keep.len()));
+        done.context.release(&mut bench.pool);
+        bench.pool.release(tail);
+    }
+    bench.release(settled.into_iter().chain(chunks));
+    assert_eq!(bench.used(), 0);
+}
+
+#[test]
 fn no_row_sees_a_later_token() {
     // The official code aligns the causal mask of the gathered queries to the right: each sees hundreds of future keys (3.5 a).
     for arch in ARCHS {

@@ -8,6 +8,8 @@ pub mod heads;
 
 // papers: first
 pub mod act;
+pub mod ape;
+pub mod cacheblend;
 pub mod compresskv;
 pub mod entropy_abf;
 pub mod hydragen;
@@ -23,6 +25,8 @@ pub mod rope_scaling;
 pub const ALL: &[&dyn Method] = &[
     // methods: first
     &act::Calibrated,
+    &ape::Ape,
+    &cacheblend::CacheBlend,
     &compresskv::CompressKv,
     &entropy_abf::EntropyAbf,
     &jrt::Jrt,

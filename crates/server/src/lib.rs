@@ -34,11 +34,13 @@ mod wish;
 mod worker;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use antefix_engine::{Engine, Options};
+use antefix_kv::Fingerprint;
 use antefix_models::decoder::Model;
 use antefix_models::template::ChatTemplate;
 use antefix_models::tokenizer::Tokenizer;
@@ -64,6 +66,8 @@ pub struct Config {
     pub names: Vec<String>,
     /// The engine's limits.
     pub engine: Options,
+    /// Where documents that are reused are kept and looked for, and the fingerprint of the model's identity; none = in memory alone.
+    pub chunks: Option<(Fingerprint, PathBuf)>,
     /// Limits of the line.
     pub limits: Limits,
     /// API keys; none = everybody is let in.
@@ -128,9 +132,14 @@ impl Server {
         let cache = tiers::open(&config.cache, model)?;
         let make = {
             let (model, tokenizer, options) = (Arc::clone(model), Arc::clone(tokenizer), config.engine);
+            let chunks = config.chunks.clone();
             move || {
                 let engine = Engine::new(Arc::clone(&model), Arc::clone(&tokenizer), options);
-                engine.with_cache(cache.clone())
+                let engine = engine.with_cache(cache.clone());
+                match chunks.clone() {
+                    Some((fingerprint, folder)) => engine.with_chunks(fingerprint, folder),
+                    None => engine,
+                }
             }
         };
         let worker = worker::Worker::start(make, config.limits, Arc::clone(&meters))?;

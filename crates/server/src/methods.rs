@@ -128,5 +128,12 @@ pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
             "edits": r.edits,
             "prompt_tokens_before": r.prompt_before,
         });
+        if let Some(d) = &r.documents {
+            body["antefix"]["documents"] = json!({
+                "found": d.found,
+                "computed": d.encoded,
+                "fresh": d.fresh_rows as f64 / d.all_rows.max(1) as f64,
+            });
+        }
     }
 }

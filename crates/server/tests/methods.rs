@@ -172,3 +172,71 @@ async fn a_stream_ends_with_the_report() {
     let reports = lines.matches("\"antefix\":").count();
     assert_eq!(reports, 1, "{lines}");
 }
+
+#[tokio::test]
+async fn reused_documents_are_found_in_any_order_and_leave_nothing_in_the_tree() {
+    let text =
+        |i: usize| format!("report {i} says that the {i}th lazy dog jumps over fox number {i}. ").repeat(4);
+    let documents = |order: &[usize]| -> Value { order.iter().map(|&i| json!({"text": text(i)})).collect() };
+    let chat = |antefix: Value| {
+        post(
+            "/v1/chat/completions",
+            &json!({
+                "messages": [{"role": "user", "content": "which dog?"}], "max_tokens": 6, "temperature": 0,
+                "ignore_eos": true, "logprobs": true, "antefix": antefix,
+            }),
+        )
+    };
+    let drawn = |answer: &Value| answer["choices"][0]["logprobs"]["content"].clone();
+    let (_, dense_alone) = call(
+        &server_with(|_| {}).app(),
+        chat(json!({"documents": documents(&[1, 2, 3])})),
+    )
+    .await;
+    for method in ["ape", "cacheblend"] {
+        let app = server_with(|_| {}).app();
+        let ask = |order: &[usize]| chat(json!({"documents": documents(order), "context": method}));
+        let (status, first) = call(&app, ask(&[1, 2, 3])).await;
+        assert_eq!(status, StatusCode::OK, "{first}");
+        let report = &first["antefix"];
+        assert_eq!(
+            (&report["method"], &report["exact"]),
+            (&json!(method), &json!(false))
+        );
+        assert_eq!(report["documents"]["found"], 0, "{report}");
+        let all = report["documents"]["computed"].as_u64().unwrap();
+        assert!(all > 100, "{report}");
+
+        let (_, turned) = call(&app, ask(&[3, 1, 2])).await;
+        assert_eq!(turned["antefix"]["documents"]["found"], all, "{turned}");
+        assert_eq!(turned["antefix"]["documents"]["computed"], 0);
+        assert!(turned["antefix"]["documents"]["fresh"].as_f64().unwrap() < 1.0);
+        if method == "ape" {
+            assert_eq!(drawn(&turned), drawn(&first), "side by side, order means nothing");
+        }
+        let (_, again) = call(&app, ask(&[1, 2, 3])).await;
+        assert_eq!(
+            drawn(&again),
+            drawn(&first),
+            "found or computed, the answer is the same"
+        );
+
+        let (_, dense) = call(&app, chat(json!({"documents": documents(&[1, 2, 3])}))).await;
+        assert_eq!(
+            drawn(&dense),
+            drawn(&dense_alone),
+            "{method} is not to be found by exact requests"
+        );
+        let (status, refused) = call(
+            &app,
+            chat(json!({"documents": documents(&[1]), "context": method, "kv": "streaming_llm"})),
+        )
+        .await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+        let message = refused["error"]["message"].as_str().unwrap();
+        assert!(
+            message.contains(method) && message.contains("streaming_llm"),
+            "{message}"
+        );
+    }
+}

@@ -10,6 +10,7 @@ use super::knobs::Knobs;
 use super::policy::CachePolicy;
 use super::prompt::{Prompt, PromptPass, Words};
 use super::rotation::{Rotation, Stretch};
+use crate::chunk_use::ChunkUse;
 use crate::hooks::{HookPlan, Observer};
 
 /// Everything that the methods of a request changed, checked and immutable. The default is dense attention.
@@ -20,6 +21,7 @@ pub struct Program {
     pub(super) prompt: Vec<Arc<dyn PromptPass>>,
     pub(super) stretch: Stretch,
     pub(super) policy: Option<Arc<dyn CachePolicy>>,
+    pub(super) chunks: Option<Arc<dyn ChunkUse>>,
     pub(super) plan: Option<Arc<HookPlan>>,
     pub(super) hooks: Vec<Arc<dyn HookMaker>>,
 }
@@ -88,6 +90,11 @@ impl Program {
     /// What decides about the cache.
     pub fn policy(&self) -> Option<&Arc<dyn CachePolicy>> {
         self.policy.as_ref()
+    }
+
+    /// How documents that were computed before make up the prompt.
+    pub fn chunk_use(&self) -> Option<&Arc<dyn ChunkUse>> {
+        self.chunks.as_ref()
     }
 
     /// Whether anything reads or changes activations.

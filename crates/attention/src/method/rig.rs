@@ -11,6 +11,7 @@ use super::policy::CachePolicy;
 use super::program::Program;
 use super::prompt::PromptPass;
 use super::rotation::Stretch;
+use crate::chunk_use::ChunkUse;
 use crate::hooks::{HookPlan, HookSpec, Sources};
 
 /// Why methods cannot be installed.
@@ -119,6 +120,7 @@ pub struct Rig<'m> {
     prompt: Vec<Hung<Arc<dyn PromptPass>>>,
     stretch: Option<Hung<Stretch>>,
     policy: Option<Hung<Arc<dyn CachePolicy>>>,
+    chunks: Option<Hung<Arc<dyn ChunkUse>>>,
     plan: Option<Hung<Arc<HookPlan>>>,
     hooks: Vec<Hung<Arc<dyn HookMaker>>>,
 }
@@ -131,6 +133,7 @@ impl fmt::Debug for Rig<'_> {
             .map(|h| h.owner)
             .chain(self.stretch.iter().map(|h| h.owner))
             .chain(self.policy.iter().map(|h| h.owner))
+            .chain(self.chunks.iter().map(|h| h.owner))
             .chain(self.plan.iter().map(|h| h.owner))
             .chain(self.hooks.iter().map(|h| h.owner));
         f.debug_list().entries(owners).finish()
@@ -169,6 +172,7 @@ impl<'m> Rig<'m> {
             prompt: Vec::new(),
             stretch: None,
             policy: None,
+            chunks: None,
             plan: None,
             hooks: Vec::new(),
         };
@@ -189,6 +193,7 @@ impl<'m> Rig<'m> {
             c.method.install(&c.knobs, &mut rig)?;
         }
         rig.check()?;
+        rig.check_chunks()?;
         Ok(rig.finish(&chosen))
     }
 
@@ -216,6 +221,7 @@ impl<'m> Rig<'m> {
             prompt: self.prompt.into_iter().map(|h| h.part).collect(),
             stretch: self.stretch.map(|h| h.part).unwrap_or_default(),
             policy: self.policy.map(|h| h.part),
+            chunks: self.chunks.map(|h| h.part),
             // Code hangs on an empty plan where there is none.
             plan: self.plan.map(|h| h.part).or_else(|| {
                 let code = !self.hooks.is_empty();
@@ -294,6 +300,56 @@ impl<'m> Rig<'m> {
             "decide what the cache keeps",
             policy,
         )
+    }
+
+    /// Makes the prompt out of documents that were computed before.
+    ///
+    /// # Errors
+    /// When another method does.
+    pub fn set_chunk_use(&mut self, chunks: Arc<dyn ChunkUse>) -> Result<(), RigError> {
+        hang(
+            &mut self.chunks,
+            self.installing,
+            "make the prompt out of documents",
+            chunks,
+        )
+    }
+
+    /// Documents were computed with the model's own angles, by nobody's hooks, and are no rows of the sequence that a policy could cut.
+    fn check_chunks(&self) -> Result<(), RigError> {
+        let Some(chunks) = &self.chunks else {
+            return Ok(());
+        };
+        let prompt = self
+            .prompt
+            .iter()
+            .map(|h| (h.owner, "change what the prompt is made of"));
+        let angles = self.stretch.iter().map(|h| (h.owner, "decide where keys stand"));
+        let policy = self
+            .policy
+            .iter()
+            .map(|h| (h.owner, "decide which rows are attended"));
+        let plan = self
+            .plan
+            .iter()
+            .map(|h| (h.owner, "decide which rows are computed"));
+        let code = self
+            .hooks
+            .iter()
+            .map(|h| (h.owner, "decide which rows are computed"));
+        let other = prompt
+            .chain(angles)
+            .chain(policy)
+            .chain(plan)
+            .chain(code)
+            .find(|o| o.0 != chunks.owner);
+        other.map_or(Ok(()), |(second, what)| {
+            Err(RigError::Conflict {
+                first: chunks.owner,
+                second,
+                what: what.to_string(),
+            })
+        })
     }
 
     /// Reads or changes activations, as data.

@@ -2,11 +2,13 @@
 
 pub(crate) mod analyse;
 pub(crate) mod bench;
+pub(crate) mod blend_check;
 pub(crate) mod cache;
 pub(crate) mod chat;
 pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod explain;
+pub(crate) mod ingest;
 pub(crate) mod load;
 pub(crate) mod logits;
 pub(crate) mod methods;

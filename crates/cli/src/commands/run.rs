@@ -142,7 +142,11 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             }
         }
     };
-    let mut engine = loaded.engine(args.ctx)?;
+    let reuses = program.as_ref().is_some_and(|p| p.chunk_use().is_some());
+    let mut engine = match reuses {
+        true => loaded.engine_for_documents(args.ctx, prompt.tokens.len())?,
+        false => loaded.engine(args.ctx)?,
+    };
     let observer = args.hooks.observer(&loaded.model, prompt.tokens.len())?;
     let raw = RawJob {
         hooks: observer.clone(),
@@ -168,6 +172,15 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
 
 /// What the methods did, in a line.
 fn described(report: &MethodReport) -> String {
+    if let Some(d) = &report.documents {
+        return format!(
+            "[{}: {} document tokens found, {} computed, {:.1} % of the rows computed for this prompt]",
+            report.settings,
+            d.found,
+            d.encoded,
+            100.0 * d.fresh_rows as f64 / d.all_rows.max(1) as f64
+        );
+    }
     let cut = match report.edits {
         0 => String::new(),
         1 => ", cut once".into(),

@@ -16,7 +16,7 @@ use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
-use crate::model::{Loaded, ModelArgs, PrecisionArg, RunArgs};
+use crate::model::{Loaded, ModelArgs, PrecisionArg, RunArgs, chunk_folder};
 
 /// Tokens of a sequence at most, if nobody says otherwise.
 const DEFAULT_CONTEXT: usize = 32_768;
@@ -298,6 +298,16 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             kv_bytes >> 20
         )));
     }
+    let folder = chunk_folder()?;
+    let chunks = match folder.is_dir() {
+        true => Some((
+            antefix_engine::identity(&loaded.model)
+                .map_err(Failure::other)?
+                .fingerprint(),
+            folder,
+        )),
+        false => None,
+    };
     let config = Config {
         names: settings.names.clone(),
         engine: Options {
@@ -310,6 +320,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
                 ..Budget::default()
             },
         },
+        chunks,
         limits: Limits {
             queue: settings.queue,
         },

@@ -135,6 +135,13 @@ impl Model {
     ) -> Result<(), EncodeError> {
         let spec = self.spec();
         let fresh = run.blend.tokens.len();
+        if fresh == 0 && run.candidates.is_empty() {
+            run.rows.push(0);
+            if l > 0 {
+                run.chosen.push(Vec::new());
+            }
+            return Ok(());
+        }
         self.fresh_rows(l, run, s);
         let mut replaced = 0;
         if l > 0 {
@@ -296,6 +303,9 @@ impl Model {
         let (spec, layer) = (self.spec(), &self.weights.layers[l]);
         let q_width = spec.heads * spec.head_dim;
         let (chunk_rows, fresh) = (run.candidates.len(), run.blend.tokens.len());
+        if chunk_rows + fresh == 0 {
+            return Ok(());
+        }
         let context = run.context(run.overlays.last());
         let place = (l, self.rope(l));
         let (geometry, cpu) = (self.geometry(l), (self.cpu, self.team.as_ref()));

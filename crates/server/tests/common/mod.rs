@@ -31,6 +31,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
             context: 2048,
             budget: Budget::default(),
         },
+        chunks: None,
         limits: Limits { queue: 64 },
         keys: Vec::new(),
         offer: Offer {
