@@ -146,7 +146,7 @@ impl Runner {
         expected: &str,
         fault: impl Future<Output = Outcome> + Send + 'static,
     ) {
-        let limited = tokio::time::timeout(Duration::from_secs(120), fault);
+        let limited = tokio::time::timeout(Duration::from_mins(2), fault);
         let outcome = match tokio::spawn(limited).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err("not over after 120 s".into()),
