@@ -117,7 +117,7 @@ function aboutMethod() {
 
 function setting(method, knob) {
   const id = `k-${knob.name}`;
-  const input = h("input", { id, type: "text", spellcheck: "false", placeholder: `${knob.default}`, "aria-describedby": `${id}-help` });
+  const input = h("input", { id, type: "text", spellcheck: "false", placeholder: `${knob.default}` || "none", "aria-describedby": `${id}-help` });
   input.value = store.current().knobs?.[method]?.[knob.name] ?? "";
   input.addEventListener("change", () => {
     const c = store.current();
