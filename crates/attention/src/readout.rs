@@ -65,6 +65,16 @@ pub struct Reads {
     pub columns: bool,
 }
 
+impl Reads {
+    /// Of how many rows, each of `keys` keys at most, the readings of one head take no more than `room` bytes.
+    pub(crate) fn rows_within(&self, room: usize, keys: usize) -> usize {
+        let (columns, weights) = (12 * keys, 4 * keys);
+        let room = room.saturating_sub(if self.columns { columns } else { 0 });
+        let row = size_of::<RowReading>() + 8 * self.top.min(keys) + 4 * self.mass.len();
+        room / (row + if self.weights { weights } else { 0 })
+    }
+}
+
 /// A group of keys of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -50,6 +50,9 @@ impl Engine {
             .filter(|_| raw.question_after_cut)
             .unwrap_or(prompt.tokens.len());
         raw.tokens = prompt.tokens;
+        if let Some(own) = &raw.hooks {
+            own.set_prompt(raw.tokens.len());
+        }
         let saved = saved(&raw, &program, &prompt.documents)?;
         let sight = program.policy().and_then(|policy| policy.sight(decide_at));
         let layers = self.model().spec().layers;

@@ -45,6 +45,9 @@ pub struct KeyConfig {
     /// Bytes of a request's body at most, if less than the server's limit.
     #[serde(default)]
     pub body_bytes: Option<usize>,
+    /// Whether its requests may read and change activations, where the server analyses; they may if nothing is said.
+    #[serde(default)]
+    pub analysis: Option<bool>,
     /// Whether it opens the admin listener's routes, too.
     #[serde(default)]
     pub admin: bool,
@@ -83,6 +86,7 @@ pub(crate) struct Tenant {
     pub(crate) max_tokens: Option<usize>,
     pub(crate) n: Option<usize>,
     pub(crate) body_bytes: Option<usize>,
+    pub(crate) analysis: bool,
     pub(crate) admin: bool,
     digest: [u8; 32],
     requests: Option<DefaultDirectRateLimiter>,
@@ -113,6 +117,7 @@ impl Tenant {
             max_tokens: config.max_tokens,
             n: config.n,
             body_bytes: config.body_bytes,
+            analysis: config.analysis.unwrap_or(true),
             admin: config.admin,
             digest,
             requests: per_minute(config.requests_per_minute),

@@ -266,6 +266,7 @@ async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: ChatRequest) -> Res
         most_calls: most_calls(request.parallel_tool_calls),
         usage: request.knobs.wants_usage(),
     };
+    let traces = running.trace_ids();
     let mut response = match request.knobs.streams() {
         true => streamed(app, form, running, n),
         false => {
@@ -273,6 +274,7 @@ async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: ChatRequest) -> Res
             Json(whole(&app, &form, &answers)).into_response()
         }
     };
+    crate::traces::note(&mut response, &traces);
     crate::note_ignored(&mut response, &ignored);
     Ok(response)
 }

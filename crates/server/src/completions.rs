@@ -252,6 +252,7 @@ async fn answer(
             grammar,
         )
         .await?;
+    let traces = running.trace_ids();
     let mut response = match streams {
         true => streamed(app, form, running, n),
         false => {
@@ -259,6 +260,7 @@ async fn answer(
             Json(whole(&app, &form, answers, n, best_of, only_score)).into_response()
         }
     };
+    crate::traces::note(&mut response, &traces);
     crate::note_ignored(&mut response, &ignored);
     Ok(response)
 }

@@ -30,6 +30,7 @@ mod stream;
 mod tiers;
 mod tokens;
 mod tools;
+mod traces;
 mod wish;
 mod worker;
 
@@ -54,6 +55,7 @@ pub use methods::Offer;
 pub use net::ClientLimits;
 pub use remembered::RememberLimits;
 pub use tiers::{CacheConfig, DiskConfig, RemoteConfig};
+pub use traces::Analysis;
 pub use worker::Limits;
 
 /// What `system_fingerprint` says.
@@ -74,6 +76,8 @@ pub struct Config {
     pub keys: Vec<KeyConfig>,
     /// The methods that requests can choose from.
     pub offer: Offer,
+    /// Whether requests may look into the model, and how much of that is kept.
+    pub analysis: Option<Analysis>,
     /// Refuse fields that we do not know instead of naming them in a header.
     pub strict: bool,
     /// Bytes of a request's body at most.
@@ -150,6 +154,7 @@ impl Server {
             context: config.engine.context.min(model.spec().context),
             strict: config.strict,
             offer: config.offer.clone(),
+            traces: config.analysis.map(traces::Traces::new).map(Arc::new),
             facts: model.facts(),
             body_bytes: config.body_bytes,
             body_timeout: config.body_timeout,

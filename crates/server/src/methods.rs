@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use antefix_attention::hooks::HookSpec;
 use antefix_attention::method::{Axis, Method, Profiles, Program, RawChoice, RawMethods, Rig, Trust, find};
 use antefix_attention::method::{ChoiceError, DENSE, Facts};
 use antefix_engine::MethodReport;
@@ -9,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
+use crate::traces;
 
 /// What the server has to offer.
 #[derive(Debug, Clone, Default)]
@@ -38,6 +40,8 @@ pub(crate) struct Asked {
     pub(crate) documents: Vec<String>,
     /// The cache policy decides behind the documents, before it sees the question.
     pub(crate) question_after_cut: bool,
+    /// What it wants to see or change inside the model.
+    pub(crate) hooks: Option<HookSpec>,
 }
 
 impl Asked {
@@ -51,7 +55,13 @@ impl Asked {
         short: Option<&str>,
     ) -> Result<Self, ApiError> {
         let mut asked = Self::default();
+        if let Some(antefix) = antefix {
+            asked.hooks = traces::asked(antefix)?;
+        }
         for (name, value) in antefix.into_iter().flatten().filter(|(_, v)| !v.is_null()) {
+            if name == "capture" || (name == "hooks" && traces::is_spec(value)) {
+                continue;
+            }
             let wrong = |e: serde_json::Error| ApiError::param("antefix", format!("`antefix.{name}`: {e}"));
             if name == "documents" {
                 let documents: Vec<Document> = Vec::deserialize(value).map_err(wrong)?;
@@ -67,7 +77,7 @@ impl Asked {
                 ApiError::param(
                     "antefix",
                     format!(
-                        "there is no `antefix.{name}`\nhint: {}, documents, question_after_cut",
+                        "there is no `antefix.{name}`\nhint: {}, documents, question_after_cut, capture",
                         names.join(", ")
                     ),
                 )

@@ -12,12 +12,13 @@ use crate::error::ErrorBody;
 
 pub(crate) mod answers;
 
-const TAGS: [(&str, &str); 6] = [
+const TAGS: [(&str, &str); 7] = [
     ("generate", "Answers and embeddings, as OpenAI's API."),
     ("anthropic", "Anthropic's API."),
     ("models", "What can be asked for."),
     ("tokens", "Text and tokens."),
     ("cache", "The prefix cache, as whoever asks sees it."),
+    ("analysis", "What requests read inside the model."),
     ("server", "Health and figures."),
 ];
 

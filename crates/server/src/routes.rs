@@ -25,7 +25,7 @@ use crate::error::ApiError;
 use crate::state::App;
 use crate::{
     about, admin, cache, chat, completions, embeddings, guard, messages, openapi, page, pins, responses,
-    tokens,
+    tokens, traces,
 };
 
 /// A JSON body whose refusal has OpenAI's shape.
@@ -119,6 +119,8 @@ fn api() -> (Router<Arc<App>>, OpenApi) {
         .routes(routes!(cache::tree))
         .routes(routes!(pins::pin))
         .routes(routes!(pins::unpin))
+        .routes(routes!(traces::read))
+        .routes(routes!(traces::tensors))
         .routes(routes!(tokens::tokenize))
         .routes(routes!(tokens::detokenize))
         .routes(routes!(tokens::apply_template))

@@ -11,11 +11,12 @@ use antefix_models::decoder::Model;
 use antefix_models::template::ChatTemplate;
 use antefix_models::tokenizer::Tokenizer;
 
-use crate::auth::Tenants;
+use crate::auth::{Tenant, Tenants};
 use crate::error::ApiError;
 use crate::meters::Meters;
 use crate::methods::Offer;
 use crate::remembered::Remembered;
+use crate::traces::Traces;
 use crate::worker::Worker;
 
 /// The server behind its routes.
@@ -26,6 +27,8 @@ pub(crate) struct App {
     pub(crate) context: usize,
     pub(crate) strict: bool,
     pub(crate) offer: Offer,
+    /// `None`: requests may not look into the model.
+    pub(crate) traces: Option<Arc<Traces>>,
     pub(crate) facts: Facts,
     pub(crate) body_bytes: usize,
     pub(crate) body_timeout: Duration,
@@ -58,6 +61,37 @@ impl App {
     pub(crate) fn guest(&self) -> Guest {
         self.meters.in_flight().fetch_add(1, Ordering::Relaxed);
         Guest(Arc::clone(&self.meters))
+    }
+
+    /// The traces, for a request of `tenant` that wants to leave some.
+    ///
+    /// # Errors
+    /// When requests may not look into the model, or this one may not.
+    pub(crate) fn may_look(&self, tenant: &Tenant) -> Result<&Arc<Traces>, ApiError> {
+        if !tenant.analysis {
+            return Err(ApiError::forbidden(
+                "this key may not look into the model\nhint: it has `analysis = false`",
+            ));
+        }
+        self.traces.as_ref().ok_or_else(|| {
+            ApiError::param(
+                "antefix",
+                "this server does not look into its model\nhint: it was started without --analysis",
+            )
+        })
+    }
+
+    /// The traces of requests.
+    ///
+    /// # Errors
+    /// When requests may not look into the model.
+    pub(crate) fn traces(&self) -> Result<&Traces, ApiError> {
+        self.traces.as_deref().ok_or_else(|| {
+            ApiError::not_found(
+                "this server does not look into its model\nhint: it was started without --analysis",
+                "analysis_off",
+            )
+        })
     }
 
     /// The name by which the model is served.

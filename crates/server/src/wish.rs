@@ -15,6 +15,7 @@ use crate::error::ApiError;
 use crate::methods::{Asked, Offer};
 use crate::retention;
 use crate::state::{App, Guest};
+use crate::traces::Watching;
 use crate::worker::{Drawn, Generation, Happened};
 
 /// `n` and `best_of` at most, whoever asks.
@@ -76,7 +77,7 @@ pub(crate) struct Knobs {
     pub(crate) priority: Option<i32>,
     /// How attention is computed, see `/v1/methods`: `NAME,knob=value,...`.
     pub(crate) method: Option<String>,
-    /// Methods by axis, and documents.
+    /// Methods by axis, documents, and hooks.
     #[schema(value_type = Option<Object>)]
     pub(crate) antefix: Option<Map<String, Value>>,
     /// OpenAI's `response_format`, and vLLM's names for what it cannot say.
@@ -246,7 +247,19 @@ impl Knobs {
             .map(|p| p.tokens.len() + room(p.tokens.len()) * count)
             .sum();
         let question_after_cut = asked.question_after_cut;
+        let hooks = asked.hooks.clone();
         let program = asked.program(&app.offer, &app.facts)?;
+        let watching = match &hooks {
+            None => None,
+            Some(spec) => {
+                let traces = app.may_look(tenant)?;
+                let plan = traces.plan(&app.model, spec)?;
+                let sizes =
+                    |p: &WithDocuments| std::iter::repeat_n((p.tokens.len(), room(p.tokens.len())), count);
+                let sizes: Vec<_> = prompts.iter().flat_map(sizes).collect();
+                Some(traces.watch(&plan, tenant, &sizes, program.is_none(), || app.id("trace"))?)
+            }
+        };
         let sampling = self.sampling()?;
         let keep = match self.keep {
             Some(keep) => keep,
@@ -263,7 +276,9 @@ impl Knobs {
         let mut jobs = Vec::with_capacity(sequences);
         for prompt in prompts {
             for i in 0..count {
+                let observer = |w: &Watching| w.observer(jobs.len());
                 jobs.push(RawJob {
+                    hooks: watching.as_ref().and_then(observer),
                     tokens: prompt.tokens.clone(),
                     documents: prompt.documents.clone(),
                     program: program.clone(),
@@ -288,13 +303,17 @@ impl Knobs {
             }
         }
         let generation = app.worker.submit(jobs).await?;
-        Ok(Running::new(generation, Some(turn), app.guest()))
+        Ok(Running {
+            watching,
+            ..Running::new(generation, Some(turn), app.guest())
+        })
     }
 }
 
 /// A request under way. Dropping it cancels what still runs.
 pub(crate) struct Running {
     pub(crate) generation: Generation,
+    watching: Option<Watching>,
     _turn: Option<Turn>,
     _guest: Guest,
 }
@@ -316,13 +335,25 @@ impl Running {
     pub(crate) fn new(generation: Generation, turn: Option<Turn>, guest: Guest) -> Self {
         Self {
             generation,
+            watching: None,
             _turn: turn,
             _guest: guest,
         }
     }
 
     pub(crate) async fn next(&mut self) -> Option<(usize, Happened)> {
-        self.generation.next().await
+        let event = self.generation.next().await?;
+        if let (i, Happened::End { .. }) = &event
+            && let Some(watching) = &mut self.watching
+        {
+            watching.keep(*i);
+        }
+        Some(event)
+    }
+
+    /// The names under which what its sequences captured will be found.
+    pub(crate) fn trace_ids(&self) -> Vec<String> {
+        self.watching.as_ref().map_or_else(Vec::new, Watching::ids)
     }
 
     /// Waits for all sequences.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 /// What issue and documentation promise.
-const ROUTES: [(&str, &str); 27] = [
+const ROUTES: [(&str, &str); 29] = [
     ("post", "/v1/chat/completions"),
     ("post", "/v1/completions"),
     ("post", "/v1/embeddings"),
@@ -28,6 +28,8 @@ const ROUTES: [(&str, &str); 27] = [
     ("get", "/v1/cache/tree"),
     ("post", "/v1/cache/pin"),
     ("post", "/v1/cache/unpin"),
+    ("get", "/v1/traces/{id}"),
+    ("get", "/v1/traces/{id}/tensors"),
     ("get", "/v1/loads"),
     ("post", "/tokenize"),
     ("post", "/detokenize"),

@@ -69,6 +69,14 @@ impl Captured {
         }
     }
 
+    /// Bytes of one row's values.
+    pub(super) fn row_bytes(&self) -> usize {
+        match &self.values {
+            Values::F32(_) => self.width * 4,
+            Values::Bf16(_) => self.width * 2,
+        }
+    }
+
     pub(super) fn empty(
         id: &str,
         site: Site,

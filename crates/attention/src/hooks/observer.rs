@@ -1,6 +1,7 @@
 //! The hooks of one running sequence, and the rows of a step that they concern.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::captured::Captured;
@@ -42,7 +43,7 @@ pub struct At<'a> {
 /// A plan at work on one sequence.
 pub struct Observer {
     plan: Arc<HookPlan>,
-    prompt: u32,
+    prompt: AtomicU32,
     cap: usize,
     run: Mutex<Run>,
 }
@@ -68,7 +69,7 @@ impl Observer {
         };
         Self {
             plan,
-            prompt: prompt as u32,
+            prompt: AtomicU32::new(prompt as u32),
             cap,
             run: Mutex::new(run),
         }
@@ -90,6 +91,15 @@ impl Observer {
         self.lock().hooks.push(hook);
     }
 
+    /// From now on the prompt has `prompt` tokens: for who rewrites prompts, before anything is computed.
+    pub fn set_prompt(&self, prompt: usize) {
+        self.prompt.store(prompt as u32, Ordering::Relaxed);
+    }
+
+    fn prompt(&self) -> u32 {
+        self.prompt.load(Ordering::Relaxed)
+    }
+
     /// The plan.
     pub fn plan(&self) -> &HookPlan {
         &self.plan
@@ -101,6 +111,11 @@ impl Observer {
         let run = self.lock();
         let marks = run.hooks.iter().filter_map(|h| h.fingerprint());
         marks.fold(start, |salt, mark| salted(salt, mark.max(1)))
+    }
+
+    /// Bytes that it keeps at most.
+    pub fn cap(&self) -> usize {
+        self.cap
     }
 
     /// Rows that were not kept because the limit was reached.
@@ -137,7 +152,7 @@ impl Observer {
         for op in self.plan.ops(at.layer, at.site) {
             for (r, row) in rows.chunks_exact_mut(at.width).enumerate() {
                 let pos = at.pos0 + r as u32;
-                if op.positions.contains(pos, self.prompt) {
+                if op.positions.contains(pos, at.prompt) {
                     match &op.kind {
                         OpKind::Edit(edit) => edit.apply(op, pos, row),
                         OpKind::Capture(slot) => run.keep(*slot, self.cap, op, pos, row),
@@ -159,7 +174,7 @@ impl Observer {
 impl fmt::Debug for Observer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Observer")
-            .field("prompt", &self.prompt)
+            .field("prompt", &self.prompt())
             .field("cap", &self.cap)
             .finish_non_exhaustive()
     }
@@ -171,13 +186,14 @@ impl Run {
             if !probe.layers.contains(&view.layer) {
                 continue;
             }
-            let chosen = |r: &usize| probe.positions.contains(view.pos0 + *r as u32, observer.prompt);
-            let rows: Vec<usize> = (0..view.rows()).filter(chosen).collect();
+            let chosen = |r: &usize| probe.positions.contains(view.pos0 + *r as u32, observer.prompt());
+            let mut rows: Vec<usize> = (0..view.rows()).filter(chosen).collect();
+            let keys = view.pos0.saturating_sub(view.base) as usize + view.rows();
+            let room = observer.cap.saturating_sub(self.bytes);
+            let fit = probe.read.rows_within(room / probe.heads.len().max(1), keys);
+            self.dropped += rows.len().saturating_sub(fit);
+            rows.truncate(fit);
             if rows.is_empty() {
-                continue;
-            }
-            if self.bytes >= observer.cap {
-                self.dropped += rows.len();
                 continue;
             }
             for reading in view.read(&probe.heads, &rows, &probe.read) {
@@ -196,7 +212,7 @@ impl Run {
     fn keep(&mut self, slot: usize, cap: usize, op: &Op, pos: u32, row: &[f32]) {
         let to = &mut self.captured[slot];
         let known = to.positions.binary_search(&pos).is_ok();
-        if !known && self.bytes >= cap {
+        if !known && self.bytes + to.row_bytes() > cap {
             self.dropped += 1;
             return;
         }
@@ -350,7 +366,7 @@ impl<'a> Watch<'a> {
                 rows: span.rows,
                 width,
                 pos0: span.pos0,
-                prompt: span.observer.prompt,
+                prompt: span.observer.prompt(),
                 attention: view(span),
             };
             span.observer.at(&at, rows);

@@ -168,6 +168,16 @@ impl HookPlan {
         self.mask.iter().all(|&m| m == 0)
     }
 
+    /// Number of tensors that its captures fill.
+    pub fn tensors(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether it asks attention anything.
+    pub fn has_probes(&self) -> bool {
+        !self.probes.is_empty()
+    }
+
     /// Bytes that captures of a prompt of `prompt` tokens with `answer` more take at most.
     pub fn capture_bytes(&self, prompt: usize, answer: usize) -> usize {
         let rows = |s: &Slot| s.positions.count(prompt + answer, prompt);
@@ -221,7 +231,8 @@ impl HookPlan {
         };
         for (layer, at) in self.layers(&capture.at)? {
             let empty = Captured::empty(&capture.id, site, layer, heads.clone(), width, capture.dtype);
-            if self.slots.iter().any(|s| s.empty.name() == empty.name()) {
+            let same = |c: &Captured| (&c.id, c.site, c.layer) == (&empty.id, site, layer);
+            if self.slots.iter().any(|s| same(&s.empty)) {
                 return Err(HookError::Twice { name: empty.name() });
             }
             let op = Op {

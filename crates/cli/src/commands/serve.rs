@@ -9,8 +9,8 @@ use antefix_attention::method::RawMethods;
 use antefix_engine::{Beside, Budget, Options};
 use antefix_kv::Pool;
 use antefix_server::{
-    CacheConfig, ClientLimits, Config, DiskConfig, KeyConfig, Limits, Offer, RememberLimits, RemoteConfig,
-    Server,
+    Analysis, CacheConfig, ClientLimits, Config, DiskConfig, KeyConfig, Limits, Offer, RememberLimits,
+    RemoteConfig, Server,
 };
 use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
@@ -75,6 +75,9 @@ pub(crate) struct Args {
     /// Jinja file to use instead of the model's chat template
     #[arg(long)]
     chat_template: Option<PathBuf>,
+    /// Let requests read and change activations (docs/hooks.md): traces tell what prompts said
+    #[arg(long)]
+    analysis: bool,
     /// Refuse fields that are not known
     #[arg(long)]
     strict: bool,
@@ -113,6 +116,7 @@ struct Settings {
     max_inter_token_factor: f64,
     prompt_rows: Option<usize>,
     chat_template: Option<PathBuf>,
+    analysis: bool,
     strict: bool,
     drain_s: u64,
     body_mib: usize,
@@ -151,6 +155,7 @@ impl Default for Settings {
             max_inter_token_factor: 3.0,
             prompt_rows: None,
             chat_template: None,
+            analysis: false,
             strict: false,
             drain_s: 30,
             body_mib: 32,
@@ -196,6 +201,7 @@ impl Settings {
         s.cache_ttl_s = args.cache_ttl_s.or(s.cache_ttl_s);
         s.threads = args.threads.or(s.threads);
         s.chat_template = args.chat_template.clone().or(s.chat_template);
+        s.analysis |= args.analysis;
         s.strict |= args.strict;
         if !args.names.is_empty() {
             s.names.clone_from(&args.names);
@@ -330,6 +336,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             profiles: crate::method::profiles()?,
             defaults: settings.methods,
         },
+        analysis: settings.analysis.then(Analysis::default),
         strict: settings.strict,
         body_bytes: settings.body_mib << 20,
         body_timeout: Duration::from_secs(settings.body_timeout_s),

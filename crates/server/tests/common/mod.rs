@@ -38,6 +38,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
             methods: antefix_papers::ALL,
             ..Offer::default()
         },
+        analysis: None,
         strict: false,
         body_bytes: 1 << 20,
         body_timeout: Duration::from_secs(5),
