@@ -1,5 +1,6 @@
 //! A request under way with its methods: its angles, and the moments at which its cache policy decides.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use antefix_attention::method::{CachePolicy, LayerView, Program};
@@ -41,6 +42,14 @@ pub(crate) struct Course {
     prompt_before: usize,
     edits: usize,
     documents: Option<Provenance>,
+}
+
+/// Why a policy's decision did not come about.
+pub(crate) enum Undecided {
+    /// There is no room for the rows that stay, which are written before the others are freed.
+    Edit(EditError),
+    /// The policy panicked, and nothing was done yet.
+    Panicked,
 }
 
 struct Decider {
@@ -133,13 +142,13 @@ impl Course {
     /// Lets the policy decide if the sequence has come to where it does.
     ///
     /// # Errors
-    /// When there is no room for the rows that stay, which are written before the others are freed.
+    /// See [`Undecided`].
     pub(crate) fn decide(
         &mut self,
         model: &Model,
         pool: &mut Pool,
         state: &mut SeqState,
-    ) -> Result<(), EditError> {
+    ) -> Result<(), Undecided> {
         let Some(decider) = &self.decider else {
             return Ok(());
         };
@@ -152,7 +161,7 @@ impl Course {
             .collect();
         {
             let (state, pool): (&SeqState, &Pool) = (state, pool);
-            model.team().run(layers.len(), &|layer| {
+            let layer = |layer: usize| {
                 let queries = decider
                     .tail
                     .as_ref()
@@ -167,7 +176,10 @@ impl Course {
                     pool,
                 });
                 *layers[layer].lock().unwrap_or_else(PoisonError::into_inner) = edit;
-            });
+            };
+            // Policies only look: there is nothing to take back.
+            let asked = catch_unwind(AssertUnwindSafe(|| model.team().run(layers.len(), &layer)));
+            asked.map_err(|_| Undecided::Panicked)?;
         }
         let unlock = |edit: Mutex<LayerEdit>| edit.into_inner().unwrap_or_else(PoisonError::into_inner);
         let layers: Vec<LayerEdit> = layers.into_iter().map(unlock).collect();
@@ -175,7 +187,7 @@ impl Course {
             policy: decider.tag.clone(),
             layers,
         };
-        state.apply(pool, &edit)?;
+        state.apply(pool, &edit).map_err(Undecided::Edit)?;
         self.edits += usize::from(edit.layers.iter().any(|l| *l != LayerEdit::KeepAll));
         let next = match decider.policy.every() {
             None => usize::MAX,

@@ -1,6 +1,7 @@
 //! The loop: admit what fits, schedule, run the model, sample, report.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,9 +13,10 @@ use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
 
 use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabouts};
-use crate::course::{Course, MethodReport};
+use crate::course::{Course, MethodReport, Undecided};
 use crate::job::{Job, JobError, Pooling};
 use crate::pace::{Pace, Work};
+use crate::rescue::Output;
 use crate::reuse::Library;
 use crate::sampler::{Sampler, log_probs};
 use crate::schedule::{Budget, Part, SeqId, SeqView, WaitView, next_in_line, schedule};
@@ -60,7 +62,12 @@ pub enum Done {
     Length,
     /// [`Engine::cancel`].
     Cancelled,
-    /// The step that it was part of failed.
+    /// [`crate::RawJob::deadline`] has passed.
+    Deadline {
+        /// It had drawn tokens by then.
+        answered: bool,
+    },
+    /// The step that it was part of failed, or it made the step panic.
     Failed,
     /// Its constraint could not go on: its limits were used up, or no token could follow. Nothing is wrong with the engine.
     Constraint,
@@ -147,12 +154,14 @@ pub struct Load {
     pub waiting: usize,
     /// How often a sequence had to give its memory to another one, since the start.
     pub preempted: u64,
+    /// Sequences that failed because they panicked, since the start.
+    pub panicked: u64,
 }
 
 /// A request from its submission to its end. Without memory (`kv` is empty) it stands in line.
-struct Seq {
-    id: SeqId,
-    job: Job,
+pub(crate) struct Seq {
+    pub(crate) id: SeqId,
+    pub(crate) job: Job,
     kv: SeqState,
     course: Course,
     /// Prompt and answer so far.
@@ -221,7 +230,7 @@ impl Seq {
     }
 
     /// Its rows of a step.
-    fn input(&self, part: Part) -> Input<'_> {
+    pub(crate) fn input(&self, part: Part) -> Input<'_> {
         let from = self.done();
         Input {
             tokens: &self.tokens[from..from + part.tokens],
@@ -235,7 +244,7 @@ impl Seq {
     }
 
     /// Of how many of its next `n` rows logits are read: all of the prompt's that are asked for, and the very last.
-    fn wanted(&self, n: usize) -> usize {
+    pub(crate) fn wanted(&self, n: usize) -> usize {
         let from = self.done();
         if self.job.pooling == Some(Pooling::Mean) {
             return n;
@@ -280,22 +289,25 @@ const FORCED_AT_ONCE: usize = 32;
 
 /// Runs requests on one model.
 pub struct Engine {
-    model: Arc<Model>,
+    pub(crate) model: Arc<Model>,
     tokenizer: Arc<Tokenizer>,
     options: Options,
     /// The context that was asked for, whatever the model was trained on.
     asked_context: usize,
-    pool: Pool,
+    pub(crate) pool: Pool,
     cache: Cache,
     chunks: ChunkStore,
     waiting: Vec<Seq>,
-    running: Vec<Seq>,
+    pub(crate) running: Vec<Seq>,
     /// Rows computed for each tenant that waits or runs; a new one starts level with the least of them.
     used: HashMap<u64, u64>,
     next: u64,
     preempted: u64,
+    panicked: u64,
+    /// By how much deadlines are nearer than the clock says.
+    ahead: Duration,
     pace: Pace,
-    scratch: Scratch,
+    pub(crate) scratch: Scratch,
     logits: Vec<f32>,
     masked: Vec<f32>,
 }
@@ -324,6 +336,8 @@ impl Engine {
             used: HashMap::new(),
             next: 0,
             preempted: 0,
+            panicked: 0,
+            ahead: Duration::ZERO,
             pace,
             scratch: Scratch::default(),
             logits: Vec::new(),
@@ -389,6 +403,11 @@ impl Engine {
         self.cache.radix_mut().advance(by);
     }
 
+    /// As if `by` had passed for what has a deadline: for tests.
+    pub fn advance_deadlines(&mut self, by: Duration) {
+        self.ahead += by;
+    }
+
     /// Figures of the cache.
     pub fn cache_stats(&self) -> CacheStats {
         self.cache.stats()
@@ -438,6 +457,7 @@ impl Engine {
             running: self.running.len(),
             waiting: self.waiting.len(),
             preempted: self.preempted,
+            panicked: self.panicked,
         }
     }
 
@@ -488,10 +508,29 @@ impl Engine {
         if let Some(at) = self.waiting.iter().position(|s| s.id == id) {
             let seq = self.waiting.remove(at);
             self.end(seq, Done::Cancelled, events);
-        } else if let Some(at) = self.running.iter().position(|s| s.id == id) {
-            let seq = self.running.remove(at);
-            self.end(seq, Done::Cancelled, events);
         }
+        self.end_all(|s| (s.id == id).then_some(Done::Cancelled), events);
+    }
+
+    /// Ends the requests whose deadlines have passed, in line or running.
+    fn expire(&mut self, events: &mut Vec<Event>) {
+        let now = Instant::now() + self.ahead;
+        let late = |s: &Seq| {
+            let answered = s.tokens.len() > s.prompt;
+            let passed = s.job.deadline.is_some_and(|at| at <= now);
+            passed.then_some(Done::Deadline { answered })
+        };
+        let mut at = 0;
+        while at < self.waiting.len() {
+            match late(&self.waiting[at]) {
+                Some(done) => {
+                    let seq = self.waiting.remove(at);
+                    self.end(seq, done, events);
+                }
+                None => at += 1,
+            }
+        }
+        self.end_all(late, events);
     }
 
     /// Whether anything waits or runs.
@@ -504,12 +543,17 @@ impl Engine {
         self.cache.clear(&mut self.pool);
     }
 
-    /// Runs one batch and appends what happened to `events`. Does nothing when idle.
+    /// Runs one batch and appends what happened to `events`. Does nothing when idle. A sequence that panics ends with
+    /// [`Done::Failed`]; the others of its batch get their bits all the same.
     ///
     /// # Errors
     /// When the model failed; the sequences of the batch end with [`Done::Failed`].
+    ///
+    /// # Panics
+    /// On mistakes that belong to no sequence's rows: in admission, in the cache, and where edits of a policy are applied.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<StepReport, EngineError> {
         self.cache.work(&mut self.pool);
+        self.expire(events);
         self.admit(events)?;
         if self.running.is_empty() {
             self.cache.wait_for_block();
@@ -533,25 +577,13 @@ impl Engine {
         if parts.is_empty() {
             return Ok(report);
         }
-        let inputs: Vec<Input<'_>> = parts
-            .iter()
-            .map(|(at, part)| self.running[*at].input(*part))
-            .collect();
-        self.logits.clear();
-        let ran = self
-            .model
-            .forward(&mut self.pool, &inputs, &mut self.scratch, &mut self.logits);
-        let wanted: Vec<usize> = inputs.iter().map(|i| i.logits).collect();
-        drop(inputs);
-        if let Err(error) = ran {
-            let failed: Vec<SeqId> = parts.iter().map(|p| p.1.id).collect();
-            self.end_all(|s| failed.contains(&s.id).then_some(Done::Failed), events);
-            return Err(error.into());
-        }
-        let logits = std::mem::take(&mut self.logits);
+        let mut logits = std::mem::take(&mut self.logits);
+        let computed = self.compute(&parts, Output::Logits, &mut logits);
+        let computed = self.or_fail(&parts, computed, events)?;
         let mut rows = logits.chunks_exact(self.model.spec().vocab);
-        let (mut ended, mut deciding) = (Vec::new(), Vec::new());
-        for ((at, part), wanted) in parts.into_iter().zip(wanted) {
+        let mut ended: Vec<(SeqId, Done)> = computed.panicked.iter().map(|&id| (id, Done::Failed)).collect();
+        let mut deciding = Vec::new();
+        for (at, part, wanted) in computed.parts {
             let seq = &mut self.running[at];
             *(if seq.decoding() {
                 &mut report.decode_rows
@@ -585,17 +617,26 @@ impl Engine {
                     });
                     seq.job.prompt_logprobs = false;
                 }
-                if let Some(done) = accept(seq, &self.tokenizer, row, &mut self.masked, events) {
-                    ended.push((seq.id, done));
+                // What a panic leaves half done is this sequence's own, and ends with it.
+                let drawn = catch_unwind(AssertUnwindSafe(|| {
+                    accept(seq, &self.tokenizer, row, &mut self.masked, events)
+                }));
+                match drawn {
+                    Ok(None) => {}
+                    Ok(Some(done)) => ended.push((seq.id, done)),
+                    Err(_) => ended.push((seq.id, Done::Failed)),
                 }
             }
         }
         self.logits = logits;
+        self.panicked += ended.iter().filter(|e| e.1 == Done::Failed).count() as u64;
         self.end_all(|s| ended.iter().find(|e| e.0 == s.id).map(|e| e.1), events);
         for id in deciding {
             self.decide(id, events)?;
         }
-        self.pace.learn(&work, started.elapsed().as_secs_f64());
+        if computed.in_one {
+            self.pace.learn(&work, started.elapsed().as_secs_f64());
+        }
         Ok(report)
     }
 
@@ -619,25 +660,13 @@ impl Engine {
         if parts.is_empty() {
             return Ok(());
         }
-        let inputs: Vec<Input<'_>> = parts
-            .iter()
-            .map(|(at, part)| self.running[*at].input(*part))
-            .collect();
-        let wanted: Vec<usize> = inputs.iter().map(|i| i.logits).collect();
         let mut hidden = Vec::new();
-        let ran = self
-            .model
-            .hidden(&mut self.pool, &inputs, &mut self.scratch, &mut hidden);
-        drop(inputs);
-        if let Err(error) = ran {
-            let failed: Vec<SeqId> = parts.iter().map(|p| p.1.id).collect();
-            self.end_all(|s| failed.contains(&s.id).then_some(Done::Failed), events);
-            return Err(error.into());
-        }
+        let computed = self.compute(&parts, Output::Hidden, &mut hidden);
+        let computed = self.or_fail(&parts, computed, events)?;
         let d = self.model.spec().d_model;
         let mut rows = hidden.as_slice();
         let mut ended = Vec::new();
-        for ((at, part), wanted) in parts.into_iter().zip(wanted) {
+        for (at, part, wanted) in computed.parts {
             let (mine, rest) = rows.split_at(wanted * d);
             rows = rest;
             let seq = &mut self.running[at];
@@ -651,7 +680,24 @@ impl Engine {
             }
         }
         self.end_all(|s| ended.contains(&s.id).then_some(Done::Length), events);
+        self.panicked += computed.panicked.len() as u64;
+        let failed = |s: &Seq| computed.panicked.contains(&s.id).then_some(Done::Failed);
+        self.end_all(failed, events);
         Ok(())
+    }
+
+    /// Ends all sequences of `parts` if the model could not compute them.
+    fn or_fail<T>(
+        &mut self,
+        parts: &[(usize, Part)],
+        computed: Result<T, ForwardError>,
+        events: &mut Vec<Event>,
+    ) -> Result<T, EngineError> {
+        computed.map_err(|error| {
+            let failed = |s: &Seq| parts.iter().any(|p| p.1.id == s.id).then_some(Done::Failed);
+            self.end_all(failed, events);
+            error.into()
+        })
     }
 
     /// Steps until nothing is left.
@@ -839,8 +885,14 @@ impl Engine {
     fn decide(&mut self, id: SeqId, events: &mut Vec<Event>) -> Result<(), EngineError> {
         while let Some(at) = self.running.iter().position(|s| s.id == id) {
             let Seq { course, kv, .. } = &mut self.running[at];
-            let Err(error) = course.decide(&self.model, &mut self.pool, kv) else {
-                return Ok(());
+            let error = match course.decide(&self.model, &mut self.pool, kv) {
+                Ok(()) => return Ok(()),
+                Err(Undecided::Panicked) => {
+                    self.panicked += 1;
+                    self.end_all(|s| (s.id == id).then_some(Done::Failed), events);
+                    return Ok(());
+                }
+                Err(Undecided::Edit(error)) => error,
             };
             let EditError::Kv(KvError::OutOfMemory { asked, .. }) = error else {
                 self.end_all(|s| (s.id == id).then_some(Done::Failed), events);
@@ -915,7 +967,7 @@ impl Engine {
 
     fn end(&mut self, mut seq: Seq, done: Done, events: &mut Vec<Event>) {
         let text = match done {
-            Done::StopString(_) => String::new(),
+            Done::StopString(_) | Done::Failed => String::new(),
             _ => {
                 let tail = seq.decoder.flush();
                 match seq.stop.push(&tail) {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use antefix_attention::hooks::Observer;
 use antefix_attention::method::Program;
@@ -52,6 +53,8 @@ pub struct RawJob {
     pub tenant: u64,
     /// Lower runs first; requests of equal priority take turns.
     pub priority: i32,
+    /// When it ends, whatever it has by then.
+    pub deadline: Option<Instant>,
     /// Hand out the raw logits of every drawn token.
     pub want_logits: bool,
     /// What the answer must follow.
@@ -173,6 +176,7 @@ pub struct Job {
     pub(crate) prompt_logprobs: bool,
     pub(crate) tenant: u64,
     pub(crate) priority: i32,
+    pub(crate) deadline: Option<Instant>,
     pub(crate) want_logits: bool,
     pub(crate) constraint: Option<BoxedConstraint>,
     pub(crate) hooks: Option<Arc<Observer>>,
@@ -241,6 +245,7 @@ impl Job {
             prompt_logprobs: raw.prompt_logprobs,
             tenant: raw.tenant,
             priority: raw.priority,
+            deadline: raw.deadline,
             want_logits: raw.want_logits,
             constraint: raw.constraint,
             hooks: raw.hooks,

@@ -9,6 +9,7 @@ mod engine;
 mod job;
 mod pace;
 mod prepare;
+mod rescue;
 mod reuse;
 mod sampler;
 mod schedule;

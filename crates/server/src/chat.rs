@@ -14,8 +14,9 @@ use utoipa::ToSchema;
 
 use crate::auth::Tenant;
 use crate::error::ApiError;
-use crate::methods::note;
+use crate::methods::{note, note_all, note_end};
 use crate::openapi::answers::ChatCompletion;
+use crate::patience::Patience;
 use crate::routes::{Body, Caller, Shared};
 use crate::state::{App, now};
 use crate::stream;
@@ -192,6 +193,7 @@ pub(crate) fn most_calls(parallel: Option<bool>) -> usize {
     path = "/v1/chat/completions",
     tag = "generate",
     request_body = ChatRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "How long it may take")),
     responses((status = 200, description = "OpenAI's chat completion; with `stream` its chunks as events", content(
         (ChatCompletion = "application/json"),
         (String = "text/event-stream"),
@@ -200,8 +202,10 @@ pub(crate) fn most_calls(parallel: Option<bool>) -> usize {
 pub(crate) async fn create(
     State(app): Shared,
     Caller(tenant): Caller,
-    Body(request): Body<ChatRequest>,
+    patience: Patience,
+    Body(mut request): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
+    request.knobs.patience = patience;
     answer(app, tenant, request).await
 }
 
@@ -315,7 +319,7 @@ fn whole(app: &App, form: &Form, answers: &[Answer]) -> Value {
         "choices": choices,
         "usage": usage_json(total(&usages, usages.len())),
     });
-    note(&mut body, answers.first().and_then(|a| a.method.as_deref()));
+    note_all(&mut body, answers);
     body
 }
 
@@ -451,6 +455,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                 };
                 let mut last = chunk(index, json!({}), Value::Null, Some(reason));
                 note(&mut last, method.as_deref());
+                note_end(&mut last, done);
                 if !lines.send(&last).await {
                     return;
                 }

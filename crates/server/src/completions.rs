@@ -14,8 +14,9 @@ use utoipa::ToSchema;
 use crate::auth::Tenant;
 use crate::chat::usage_json;
 use crate::error::ApiError;
-use crate::methods::note;
+use crate::methods::{note, note_all, note_end};
 use crate::openapi::answers::Completion;
+use crate::patience::Patience;
 use crate::routes::{Body, Caller, Shared};
 use crate::state::{App, now};
 use crate::stream;
@@ -165,6 +166,7 @@ impl Form {
     path = "/v1/completions",
     tag = "generate",
     request_body = CompletionRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "How long it may take")),
     responses((status = 200, description = "OpenAI's text completion; with `stream` its chunks as events", content(
         (Completion = "application/json"),
         (String = "text/event-stream"),
@@ -173,8 +175,10 @@ impl Form {
 pub(crate) async fn create(
     State(app): Shared,
     Caller(tenant): Caller,
-    Body(request): Body<CompletionRequest>,
+    patience: Patience,
+    Body(mut request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
+    request.knobs.patience = patience;
     answer(app, tenant, request).await
 }
 
@@ -306,7 +310,7 @@ fn whole(app: &App, form: &Form, answers: Vec<Answer>, n: usize, best_of: usize,
         }
     }
     let mut body = form.object(choices, Some(usage_json(spent)));
-    note(&mut body, answers.first().and_then(|a| a.method.as_deref()));
+    note_all(&mut body, &answers);
     body
 }
 
@@ -367,6 +371,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
                     usages[index] = usage;
                     let mut last = piece(index, text, None, Some(finish_reason(done)));
                     note(&mut last, method.as_deref());
+                    note_end(&mut last, done);
                     last
                 }
             };

@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 use crate::completions::Prompt;
 use crate::error::ApiError;
 use crate::openapi::answers::Embeddings;
+use crate::patience::Patience;
 use crate::routes::{Body, Caller, Shared};
 use crate::state::App;
 use crate::wish::{Answer, Running, unknown};
@@ -92,11 +93,13 @@ fn normalised(vector: &[f32]) -> Vec<f32> {
     path = "/v1/embeddings",
     tag = "generate",
     request_body = EmbeddingRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "How long it may take")),
     responses((status = 200, description = "OpenAI's embeddings", body = Embeddings)),
 )]
 pub(crate) async fn create(
     State(app): Shared,
     Caller(tenant): Caller,
+    patience: Patience,
     Body(request): Body<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
     let ignored = unknown(&request.extra, app.strict)?;
@@ -124,6 +127,7 @@ pub(crate) async fn create(
         }),
         salt: tenant.salt(request.cache_salt.as_deref()),
         tenant: tenant.number,
+        deadline: patience.deadline(None),
         priority: request.priority.unwrap_or(0),
         ..RawJob::default()
     };

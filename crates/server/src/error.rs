@@ -115,6 +115,18 @@ impl ApiError {
         }
     }
 
+    /// The time that the request had is over, and there is nothing to answer with.
+    pub(crate) fn timeout() -> Self {
+        Self {
+            code: Some("deadline_exceeded"),
+            ..Self::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "timeout_error",
+                "the time for this request was over before its first token\nhint: give it more, or try again when fewer are in line",
+            )
+        }
+    }
+
     pub(crate) fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }

@@ -18,6 +18,7 @@ mod methods;
 mod net;
 mod openapi;
 mod page;
+mod patience;
 mod pins;
 mod remembered;
 #[cfg(feature = "remote-cache")]
@@ -78,6 +79,8 @@ pub struct Config {
     pub offer: Offer,
     /// Whether requests may look into the model, and how much of that is kept.
     pub analysis: Option<Analysis>,
+    /// How long a request may take from its arrival to the end of its answer; requests can only shorten it.
+    pub request_timeout: Option<Duration>,
     /// Refuse fields that we do not know instead of naming them in a header.
     pub strict: bool,
     /// Bytes of a request's body at most.
@@ -158,6 +161,7 @@ impl Server {
             facts: model.facts(),
             body_bytes: config.body_bytes,
             body_timeout: config.body_timeout,
+            request_timeout: config.request_timeout,
             hosts: config.hosts.clone(),
             remembered: Mutex::new(remembered::Remembered::new(config.remember)),
             tenants,

@@ -18,6 +18,7 @@ use crate::chat::{self, Content, most_calls};
 use crate::error::ApiError;
 use crate::methods::Asked;
 use crate::openapi::answers::AnthropicAnswer;
+use crate::patience::Patience;
 use crate::retention::cache_control;
 use crate::routes::{Body, Caller, Shared};
 use crate::state::App;
@@ -305,7 +306,7 @@ fn call_block(app: &App, call: &Call) -> Value {
 fn stopped(done: Done, called: bool, stops: &[String]) -> (&'static str, Option<&str>) {
     match done {
         _ if called => ("tool_use", None),
-        Done::Length => ("max_tokens", None),
+        Done::Length | Done::Deadline { .. } => ("max_tokens", None),
         Done::StopString(i) => ("stop_sequence", stops.get(i).map(String::as_str)),
         Done::EndToken | Done::Cancelled | Done::Failed | Done::Constraint => ("end_turn", None),
     }
@@ -329,6 +330,7 @@ struct Form {
     path = "/v1/messages",
     tag = "anthropic",
     request_body = MessagesRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "How long it may take")),
     responses((status = 200, description = "Anthropic's message; with `stream` its events", content(
         (AnthropicAnswer = "application/json"),
         (String = "text/event-stream"),
@@ -337,12 +339,14 @@ struct Form {
 pub(crate) async fn create(
     State(app): Shared,
     caller: Result<Caller, ApiError>,
+    patience: Result<Patience, ApiError>,
     request: Request,
 ) -> Response {
     let answer = async {
         let Caller(tenant) = caller?;
+        let patience = patience?;
         let Body(ask) = Body::<MessagesRequest>::from_request(request, &app).await?;
-        answer(Arc::clone(&app), tenant, ask).await
+        answer(Arc::clone(&app), tenant, patience, ask).await
     };
     answer.await.unwrap_or_else(|e| e.anthropic())
 }
@@ -371,7 +375,12 @@ pub(crate) async fn count_tokens(
     }
 }
 
-async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: MessagesRequest) -> Result<Response, ApiError> {
+async fn answer(
+    app: Arc<App>,
+    tenant: Arc<Tenant>,
+    patience: Patience,
+    request: MessagesRequest,
+) -> Result<Response, ApiError> {
     let streams = request.stream.unwrap_or(false);
     let stops = request.stop_sequences.unwrap_or_default();
     let mut knobs = Knobs {
@@ -380,6 +389,7 @@ async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: MessagesRequest) ->
         top_k: request.top_k,
         top_p: request.top_p,
         stop: Some(OneOrMany::Many(stops.clone())),
+        patience,
         ..Knobs::default()
     };
     let (prepared, ignored) = prepare(request.asked, app.strict)?;

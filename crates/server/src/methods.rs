@@ -1,16 +1,18 @@
 //! The methods of a request: `"antefix": {"kv": "compresskv,budget=512", "documents": [..]}`, and what is told of them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use antefix_attention::hooks::HookSpec;
 use antefix_attention::method::{Axis, Method, Profiles, Program, RawChoice, RawMethods, Rig, Trust, find};
 use antefix_attention::method::{ChoiceError, DENSE, Facts};
-use antefix_engine::MethodReport;
+use antefix_engine::{Done, MethodReport};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
-use crate::traces;
+use crate::wish::Answer;
+use crate::{patience, traces};
 
 /// What the server has to offer.
 #[derive(Debug, Clone, Default)]
@@ -40,6 +42,8 @@ pub(crate) struct Asked {
     pub(crate) documents: Vec<String>,
     /// The cache policy decides behind the documents, before it sees the question.
     pub(crate) question_after_cut: bool,
+    /// How long it may take.
+    pub(crate) deadline: Option<Duration>,
     /// What it wants to see or change inside the model.
     pub(crate) hooks: Option<HookSpec>,
 }
@@ -68,6 +72,11 @@ impl Asked {
                 asked.documents = documents.into_iter().map(|d| d.text).collect();
                 continue;
             }
+            if name == "deadline_ms" {
+                let ms = u64::deserialize(value).map_err(wrong)?;
+                asked.deadline = Some(patience::milliseconds("antefix.deadline_ms", ms)?);
+                continue;
+            }
             if name == "question_after_cut" {
                 asked.question_after_cut = bool::deserialize(value).map_err(wrong)?;
                 continue;
@@ -77,7 +86,7 @@ impl Asked {
                 ApiError::param(
                     "antefix",
                     format!(
-                        "there is no `antefix.{name}`\nhint: {}, documents, question_after_cut, capture",
+                        "there is no `antefix.{name}`\nhint: {}, documents, question_after_cut, deadline_ms, capture",
                         names.join(", ")
                     ),
                 )
@@ -125,6 +134,19 @@ impl Asked {
 
 fn refused(field: &str, error: &dyn std::error::Error) -> ApiError {
     ApiError::param(field, error.to_string())
+}
+
+/// Says in an answer that it ended with its time.
+pub(crate) fn note_end(body: &mut Value, done: Done) {
+    if matches!(done, Done::Deadline { .. }) {
+        body["antefix"]["deadline_exceeded"] = json!(true);
+    }
+}
+
+/// The same of a request's sequences together, with what the methods of the first one did.
+pub(crate) fn note_all(body: &mut Value, answers: &[Answer]) {
+    note(body, answers.first().and_then(|a| a.method.as_deref()));
+    answers.iter().for_each(|a| note_end(body, a.done));
 }
 
 /// Adds what the methods did to an answer.

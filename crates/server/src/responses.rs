@@ -18,8 +18,9 @@ use utoipa::ToSchema;
 use crate::auth::Tenant;
 use crate::chat::{self, logprob_json, most_calls};
 use crate::error::ApiError;
-use crate::methods::note;
+use crate::methods::{note, note_end};
 use crate::openapi::answers::ResponseObject;
+use crate::patience::Patience;
 use crate::remembered::Entry;
 use crate::routes::{Body, Caller, Shared};
 use crate::state::{App, now};
@@ -112,10 +113,11 @@ impl Form {
 
     /// The response at its end, remembered if it should be.
     fn finish(mut self, app: &App, output: Vec<Value>, end: &End) -> Value {
-        let cut = end.done == Done::Length;
+        let cut = is_cut(end.done);
         let status = if cut { "incomplete" } else { "completed" };
         let mut response = self.response(status, &output, Some(end.usage), cut);
         note(&mut response, end.method.as_deref());
+        note_end(&mut response, end.done);
         if self.store {
             self.conversation.extend(input::output_messages(&output));
             let entry = Entry {
@@ -128,6 +130,11 @@ impl Form {
         }
         response
     }
+}
+
+/// Whether there would have been more.
+fn is_cut(done: Done) -> bool {
+    matches!(done, Done::Length | Done::Deadline { .. })
 }
 
 fn usage_json(u: Usage) -> Value {
@@ -159,6 +166,7 @@ fn not_remembered(id: &str) -> ApiError {
     path = "/v1/responses",
     tag = "generate",
     request_body = ResponsesRequest,
+    params(("x-request-timeout-ms" = Option<u64>, Header, description = "How long it may take")),
     responses((status = 200, description = "OpenAI's response; with `stream` its events", content(
         (ResponseObject = "application/json"),
         (String = "text/event-stream"),
@@ -167,9 +175,10 @@ fn not_remembered(id: &str) -> ApiError {
 pub(crate) async fn create(
     State(app): Shared,
     Caller(tenant): Caller,
+    patience: Patience,
     Body(request): Body<ResponsesRequest>,
 ) -> Result<Response, ApiError> {
-    answer(app, tenant, request).await
+    answer(app, tenant, patience, request).await
 }
 
 /// A response that is remembered.
@@ -226,7 +235,12 @@ fn conversation(app: &App, tenant: &Tenant, request: &ResponsesRequest) -> Resul
     Ok(messages)
 }
 
-async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: ResponsesRequest) -> Result<Response, ApiError> {
+async fn answer(
+    app: Arc<App>,
+    tenant: Arc<Tenant>,
+    patience: Patience,
+    request: ResponsesRequest,
+) -> Result<Response, ApiError> {
     let mut extra = request.extra.clone();
     WITHOUT_EFFECT.iter().for_each(|name| drop(extra.remove(*name)));
     let ignored = unknown(&extra, app.strict)?;
@@ -253,6 +267,7 @@ async fn answer(app: Arc<App>, tenant: Arc<Tenant>, request: ResponsesRequest) -
         temperature: request.temperature,
         top_p: request.top_p,
         seed: request.seed,
+        patience,
         cache_salt: request.cache_salt.clone(),
         prompt_cache_key: request.prompt_cache_key.clone(),
         prompt_cache_retention: request.prompt_cache_retention.clone(),
@@ -424,7 +439,7 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running) -> Response {
                 drop(writer);
                 let response = form.finish(&app, output, &end);
                 let kind = match end.done {
-                    Done::Length => "response.incomplete",
+                    done if is_cut(done) => "response.incomplete",
                     _ => "response.completed",
                 };
                 out.send(json!({"type": kind, "response": response})).await;

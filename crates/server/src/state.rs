@@ -32,6 +32,7 @@ pub(crate) struct App {
     pub(crate) facts: Facts,
     pub(crate) body_bytes: usize,
     pub(crate) body_timeout: Duration,
+    pub(crate) request_timeout: Option<Duration>,
     pub(crate) hosts: Vec<String>,
     pub(crate) tenants: Tenants,
     pub(crate) worker: Worker,

@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use crate::auth::{Tenant, Turn};
 use crate::error::ApiError;
 use crate::methods::{Asked, Offer};
+use crate::patience::Patience;
 use crate::retention;
 use crate::state::{App, Guest};
 use crate::traces::Watching;
@@ -75,6 +76,9 @@ pub(crate) struct Knobs {
     #[serde(skip)]
     pub(crate) keep: Option<Keep>,
     pub(crate) priority: Option<i32>,
+    /// How long it may take, and from when on.
+    #[serde(skip)]
+    pub(crate) patience: Patience,
     /// How attention is computed, see `/v1/methods`: `NAME,knob=value,...`.
     pub(crate) method: Option<String>,
     /// Methods by axis, documents, and hooks.
@@ -247,6 +251,7 @@ impl Knobs {
             .map(|p| p.tokens.len() + room(p.tokens.len()) * count)
             .sum();
         let question_after_cut = asked.question_after_cut;
+        let deadline = self.patience.deadline(asked.deadline);
         let hooks = asked.hooks.clone();
         let program = asked.program(&app.offer, &app.facts)?;
         let watching = match &hooks {
@@ -294,6 +299,7 @@ impl Knobs {
                     keep,
                     tenant: tenant.number,
                     priority: self.priority.unwrap_or(0),
+                    deadline,
                     want_logprobs: reports.logprobs,
                     top_logprobs: reports.top,
                     prompt_logprobs: reports.prompt,
@@ -401,6 +407,7 @@ impl Running {
 pub(crate) fn failure(done: Done) -> Option<ApiError> {
     match done {
         Done::Failed => Some(failed()),
+        Done::Deadline { answered: false } => Some(ApiError::timeout()),
         Done::Constraint => Some(ApiError {
             code: Some("constraint_failed"),
             ..ApiError::invalid(
@@ -420,7 +427,7 @@ pub(crate) fn failed() -> ApiError {
 /// OpenAI's `finish_reason`.
 pub(crate) fn finish_reason(done: Done) -> &'static str {
     match done {
-        Done::Length => "length",
+        Done::Length | Done::Deadline { .. } => "length",
         Done::EndToken | Done::StopString(_) => "stop",
         Done::Cancelled | Done::Failed | Done::Constraint => "error",
     }

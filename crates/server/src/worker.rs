@@ -304,11 +304,20 @@ impl Loop {
 
     fn step(&mut self, events: &mut Vec<Event>) {
         let started = Instant::now();
-        // A panic is a mistake of ours in some request's step: those requests fail, the server goes on with a fresh engine.
+        let panicked = self.engine.load().panicked;
+        // A panic that the engine cannot lay at one request's door: all requests fail, the server goes on with a fresh engine.
         let stepped = catch_unwind(AssertUnwindSafe(|| self.engine.step(events)));
         let took = started.elapsed();
         match stepped {
             Ok(Ok(report)) => {
+                let panicked = self.engine.load().panicked - panicked;
+                if panicked > 0 {
+                    tracing::error!(
+                        requests = panicked,
+                        "requests panicked: they fail, the others go on"
+                    );
+                    self.meters.failed_steps.inc();
+                }
                 self.recent_step_s = 0.9 * self.recent_step_s + 0.1 * took.as_secs_f64();
                 if report.prompt_rows + report.decode_rows > 0 {
                     self.meters.step(report.prompt_rows, report.decode_rows, took);

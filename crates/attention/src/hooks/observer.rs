@@ -10,7 +10,7 @@ use super::site::Site;
 use crate::readout::{AttentionView, HeadReading};
 
 /// Code at a site, for methods that data cannot describe. One value follows one sequence; it may be called from another thread
-/// each step.
+/// each step. After a panic in a step the rows of that step are computed again: who only reads may see them twice.
 pub trait Hook: Send {
     /// [`Site::bit`]s of the sites of `layer` that it wants to see; layer `L` stands for what comes after the layers.
     fn wants(&self, layer: usize) -> u32;
@@ -116,6 +116,13 @@ impl Observer {
     /// Bytes that it keeps at most.
     pub fn cap(&self) -> usize {
         self.cap
+    }
+
+    /// Whether rows may be computed twice: captures and readings of rows replace the old ones, sums over rows do not, and code that
+    /// changes activations may count what it sees.
+    pub fn may_repeat(&self) -> bool {
+        let sums = self.plan.probes().iter().any(|p| p.read.columns);
+        !sums && self.lock().hooks.iter().all(|h| h.fingerprint().is_none())
     }
 
     /// Rows that were not kept because the limit was reached.

@@ -78,6 +78,9 @@ pub(crate) struct Args {
     /// Let requests read and change activations (docs/hooks.md): traces tell what prompts said
     #[arg(long)]
     analysis: bool,
+    /// Seconds that a request may take from its arrival to the end of its answer; requests can only shorten it
+    #[arg(long, env = "ANTEFIX_REQUEST_TIMEOUT")]
+    request_timeout: Option<f64>,
     /// Refuse fields that are not known
     #[arg(long)]
     strict: bool,
@@ -117,6 +120,7 @@ struct Settings {
     prompt_rows: Option<usize>,
     chat_template: Option<PathBuf>,
     analysis: bool,
+    request_timeout: Option<f64>,
     strict: bool,
     drain_s: u64,
     body_mib: usize,
@@ -156,6 +160,7 @@ impl Default for Settings {
             prompt_rows: None,
             chat_template: None,
             analysis: false,
+            request_timeout: None,
             strict: false,
             drain_s: 30,
             body_mib: 32,
@@ -202,6 +207,7 @@ impl Settings {
         s.threads = args.threads.or(s.threads);
         s.chat_template = args.chat_template.clone().or(s.chat_template);
         s.analysis |= args.analysis;
+        s.request_timeout = args.request_timeout.or(s.request_timeout);
         s.strict |= args.strict;
         if !args.names.is_empty() {
             s.names.clone_from(&args.names);
@@ -225,6 +231,9 @@ impl Settings {
                 "`queue`, `prompt_rows` and `max_inter_token_factor` must be at least 1"
             )));
         }
+        if let Some(Err(why)) = s.request_timeout.map(seconds) {
+            return Err(Failure::Input(why));
+        }
         if !s.host.is_loopback() && s.keys.is_empty() {
             return Err(Failure::Input(anyhow!(
                 "{} is reachable from other machines, but there is no API key\nhint: set ANTEFIX_API_KEY, write `[[keys]]` into the \
@@ -240,6 +249,14 @@ impl Settings {
         }
         Ok(s)
     }
+}
+
+/// A time limit of at least a millisecond.
+fn seconds(s: f64) -> anyhow::Result<Duration> {
+    let limit = Duration::try_from_secs_f64(s).ok();
+    limit.filter(|d| d.as_millis() > 0).ok_or_else(|| {
+        anyhow!("`request_timeout` is {s}, it must be a number of seconds, at least 0.001\nhint: leave it out for no limit")
+    })
 }
 
 fn read(path: &Path) -> Result<Settings, Failure> {
@@ -337,6 +354,11 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             defaults: settings.methods,
         },
         analysis: settings.analysis.then(Analysis::default),
+        request_timeout: settings
+            .request_timeout
+            .map(seconds)
+            .transpose()
+            .map_err(Failure::Input)?,
         strict: settings.strict,
         body_bytes: settings.body_mib << 20,
         body_timeout: Duration::from_secs(settings.body_timeout_s),

@@ -39,6 +39,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
             ..Offer::default()
         },
         analysis: None,
+        request_timeout: None,
         strict: false,
         body_bytes: 1 << 20,
         body_timeout: Duration::from_secs(5),

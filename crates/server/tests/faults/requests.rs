@@ -1,8 +1,11 @@
 //! Requests that should never have been sent, and more of them than a server can take.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use antefix_attention::hooks::{At, Hook, HookPlan, HookSpec, Observer, Site, Sources};
 use antefix_engine::{BoxedConstraint, Constraint, ConstraintFailed, Job, RawJob};
+use antefix_models::decoder::Model;
 use antefix_server::{Config, KeyConfig};
 use axum::body::Body;
 use axum::http::Request;
@@ -131,8 +134,26 @@ async fn overload(kv_bytes: usize, queue: usize, crowd: usize) -> Result<(usize,
     Ok((answered, refused, aftermath(&app).await?))
 }
 
-/// Breaks in the middle of a step.
+/// Breaks where a token is drawn.
 struct Bomb;
+
+/// Breaks in the model, at a token.
+struct Mine(u32);
+
+impl Hook for Mine {
+    fn wants(&self, layer: usize) -> u32 {
+        match layer {
+            0 => Site::Z.bit(),
+            _ => 0,
+        }
+    }
+    fn fingerprint(&self) -> Option<u64> {
+        None
+    }
+    fn at(&mut self, at: &At<'_>, _: &mut [f32]) {
+        assert!(at.pos0 + at.rows as u32 <= self.0, "a panic that was put here");
+    }
+}
 
 impl Constraint for Bomb {
     fn mask(&mut self, _: &mut [f32]) -> Result<(), ConstraintFailed> {
@@ -152,33 +173,52 @@ impl Constraint for Bomb {
     }
 }
 
-async fn a_panic_in_a_step() -> Outcome {
+/// Others that run beside a request that panics, where `bad` makes it do so.
+async fn a_panic_in_a_step(bad: fn(&Model) -> RawJob) -> Outcome {
     let server = server_with(|_| ());
     let app = server.app();
     for _ in 0..3 {
-        let other = tokio::spawn({
+        let mut others = tokio::task::JoinSet::new();
+        for k in 0..PROMPTS {
             let app = app.clone();
-            async move { call(&app, post("/v1/completions", &ask(1))).await }
-        });
+            others.spawn(async move { (k, call(&app, post("/v1/completions", &ask(k))).await) });
+        }
         server
-            .inspect(|engine| {
-                let raw = RawJob {
-                    tokens: prompt(3),
-                    constraint: Some(BoxedConstraint(Box::new(Bomb))),
-                    ..RawJob::default()
-                };
+            .inspect(move |engine| {
+                let raw = bad(engine.model());
                 let job = Job::new(raw, engine.model().spec().vocab, engine.context()).unwrap();
                 engine.submit(job).unwrap();
             })
             .await
             .ok_or("the engine is gone")?;
-        let (status, value) = other.await.map_err(|e| e.to_string())?;
-        expect(
-            &format!("an answer or a plain failure, not {status}: {value}"),
-            status == 500 || (status == 200 && value["choices"] == cold().await[1]),
-        )?;
+        while let Some(other) = others.join_next().await {
+            let (k, (status, value)) = other.map_err(|e| e.to_string())?;
+            let right = status == 200 && value["choices"] == cold().await[k];
+            expect(&format!("the right answer, not {status}: {value}"), right)?;
+        }
     }
     aftermath(&app).await
+}
+
+fn with_bomb(_: &Model) -> RawJob {
+    RawJob {
+        tokens: prompt(3),
+        constraint: Some(BoxedConstraint(Box::new(Bomb))),
+        ..RawJob::default()
+    }
+}
+
+/// Its prompt and a few tokens are computed, then it breaks.
+fn with_mine(model: &Model) -> RawJob {
+    let plan = HookPlan::compile(&HookSpec::default(), model.hook_shape(), &Sources::default()).unwrap();
+    let tokens = prompt(3);
+    let observer = Observer::new(Arc::new(plan), tokens.len(), 0);
+    RawJob {
+        hooks: Some(Arc::new(observer.with(Box::new(Mine(tokens.len() as u32 + 3))))),
+        ignore_eos: true,
+        tokens,
+        ..RawJob::default()
+    }
 }
 
 /// The server is told to end while requests run: they are answered, then it ends.
@@ -329,9 +369,16 @@ pub(crate) async fn run(runner: &mut Runner) {
         .await;
     runner
         .fault(
-            "a panic in a step, three times",
-            "500 or an answer, then a new engine",
-            a_panic_in_a_step(),
+            "a panic where a token is drawn, three times",
+            "it fails, all others get their answers",
+            a_panic_in_a_step(with_bomb),
+        )
+        .await;
+    runner
+        .fault(
+            "a panic in the model at the fourth token, three times",
+            "it fails, all others get their answers",
+            a_panic_in_a_step(with_mine),
         )
         .await;
     runner
