@@ -5,6 +5,8 @@ mod common;
 
 use std::time::Duration;
 
+use antefix_kernels::cpu::Cpu;
+use antefix_models::spec::Arch;
 use antefix_server::KeyConfig;
 use axum::Router;
 use axum::body::Body;
@@ -658,4 +660,51 @@ async fn hints_of_hosted_caches_are_accepted() {
     let response = app().oneshot(post("/v1/completions", &ask)).await.unwrap();
     assert_eq!(response.status(), 200);
     assert!(!response.headers().contains_key("x-antefix-ignored-fields"));
+}
+
+#[tokio::test]
+async fn an_answer_that_cannot_go_on_fails_by_name_and_alone() {
+    let app = app();
+    // It can be derived in more and more ways the longer it gets, until the parser may not keep them all.
+    let ways: Vec<String> = (2..40).map(|n| vec!["s"; n].join(" ")).collect();
+    let grammar = format!("start: s\ns: {} | \"a\" | \"b\"", ways.join(" | "));
+    let (_, tokenizer) = antefix_conformance::tiny(Arch::Llama, Cpu::best(), 1);
+    let ends = (0..tokenizer.vocab_size() as u32).filter(|&id| tokenizer.is_end(id));
+    let never: serde_json::Map<String, Value> = ends.map(|id| (id.to_string(), json!(-100))).collect();
+    let bad = json!({
+        "prompt": "x", "max_tokens": 1500, "temperature": 1, "seed": 1, "guided_grammar": grammar, "ignore_eos": true,
+        "logit_bias": never,
+    });
+    let plain = |k: usize| {
+        json!({
+            "prompt": long_prompt(40 + k), "max_tokens": 60, "temperature": 0, "ignore_eos": true, "logprobs": 1,
+            "cache_salt": k.to_string(),
+        })
+    };
+    let mut alone = Vec::new();
+    for k in 0..3 {
+        alone.push(ok(&app, "/v1/completions", plain(k)).await["choices"].clone());
+    }
+    let fresh = self::app();
+    let (failed, a, b, c) = tokio::join!(
+        call(&fresh, post("/v1/completions", &bad)),
+        ok(&fresh, "/v1/completions", plain(0)),
+        ok(&fresh, "/v1/completions", plain(1)),
+        ok(&fresh, "/v1/completions", plain(2)),
+    );
+    assert_eq!(failed.0, 400, "{}", failed.1);
+    assert_eq!(failed.1["error"]["code"], "constraint_failed");
+    assert!(failed.1["error"]["message"].as_str().unwrap().contains("hint: "));
+    assert_eq!(
+        [&a["choices"], &b["choices"], &c["choices"]],
+        [&alone[0], &alone[1], &alone[2]]
+    );
+    // In a stream, whose status is sent already, it is the last event.
+    let mut streamed = bad.clone();
+    streamed["stream"] = json!(true);
+    let lines = events(&fresh, "/v1/completions", streamed, false).await;
+    let last = lines.last().unwrap();
+    assert_eq!(last["error"]["code"], "constraint_failed", "{last}");
+
+    assert_eq!(ok(&fresh, "/v1/completions", plain(0)).await["choices"], alone[0]);
 }
