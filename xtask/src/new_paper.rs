@@ -2,11 +2,12 @@
 
 use std::{fs, path::Path};
 
-/// Where `lib.rs` of the papers lists its modules, and where its methods.
+/// Where `lib.rs` of the papers lists its modules, where its methods, and where its reproductions.
 const MODULES: [&str; 2] = ["// papers: first", "// papers: last"];
 const METHODS: [&str; 2] = ["// methods: first", "// methods: last"];
+const REPROS: [&str; 2] = ["// repros: first", "// repros: last"];
 
-/// Makes `crates/papers/src/SLUG/` and its two lines in `lib.rs`: the module, and the method in `ALL`.
+/// Makes `crates/papers/src/SLUG/` and its three lines in `lib.rs`: the module, the method in `ALL`, and the claim in `REPROS`.
 pub(crate) fn run(root: &Path, slug: &str) -> Result<String, String> {
     let plain = slug.starts_with(|c: char| c.is_ascii_lowercase())
         && slug
@@ -30,6 +31,7 @@ pub(crate) fn run(root: &Path, slug: &str) -> Result<String, String> {
     // Before anything is written, so that a refusal leaves nothing behind.
     let lib = with_line(&lib, MODULES, &format!("pub mod {slug};"))
         .and_then(|lib| with_line(&lib, METHODS, &format!("&{slug}::{},", type_name(slug))))
+        .and_then(|lib| with_line(&lib, REPROS, &format!("&{slug}::repro::REPRO,")))
         .map_err(|what| format!("{}: {what}", list.display()))?;
     copy(&papers.join("_template"), &folder, slug)?;
     fs::write(&list, lib).map_err(|error| format!("{}: {error}", list.display()))?;
@@ -91,17 +93,18 @@ mod tests {
     use super::*;
     use crate::Folder;
 
-    fn lib(modules: &str, methods: &str) -> String {
-        let ([a, b], [c, d]) = (MODULES, METHODS);
+    fn lib(modules: &str, methods: &str, repros: &str) -> String {
+        let ([a, b], [c, d], [e, f]) = (MODULES, METHODS, REPROS);
         format!(
-            "//! Papers.\n\n{a}\n{modules}{b}\n\npub const ALL: &[M] = &[\n    {c}\n{methods}    {d}\n];\n"
+            "//! Papers.\n\n{a}\n{modules}{b}\n\npub const ALL: &[M] = &[\n    {c}\n{methods}    {d}\n];\n\
+             pub const REPROS: &[R] = &[\n    {e}\n{repros}    {f}\n];\n"
         )
     }
 
     fn papers(test: &str) -> Folder {
         let real = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/papers/_template");
         let folder = Folder::new(test);
-        folder.write("crates/papers/src/lib.rs", &lib("", ""));
+        folder.write("crates/papers/src/lib.rs", &lib("", "", ""));
         for entry in fs::read_dir(real).unwrap() {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
@@ -122,6 +125,7 @@ mod tests {
         let want = lib(
             "pub mod alpha_2;\npub mod zeta;\n",
             "    &alpha_2::Alpha2,\n    &zeta::Zeta,\n",
+            "    &alpha_2::repro::REPRO,\n    &zeta::repro::REPRO,\n",
         );
         assert_eq!(written, want);
         let text = fs::read_to_string(folder.0.join("crates/papers/src/zeta/mod.rs")).unwrap();

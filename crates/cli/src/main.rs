@@ -34,6 +34,8 @@ enum Command {
     Perplexity(commands::perplexity::Args),
     /// What a model finds in long texts: needles, variables, tables, by length and depth
     Eval(commands::eval::Args),
+    /// What papers claim, measured again: figures and a verdict for each
+    Repro(commands::repro::Args),
     /// Look inside: what heads read, which of them retrieve
     Analyse(commands::analyse::Args),
     /// Raw logits of a prompt
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => commands::bench::run(&args),
         Command::Perplexity(args) => commands::perplexity::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Repro(args) => commands::repro::run(&args),
         Command::Analyse(args) => commands::analyse::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),

@@ -9,9 +9,10 @@ use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::team::Team;
 use antefix_kv::Pool;
+use antefix_lab::heads::Subject;
 use antefix_models::decoder::Model;
 use antefix_models::files::ModelFiles;
-use antefix_models::store::{Progress, Store};
+use antefix_models::store::{Progress, Store, sha256};
 use antefix_models::template::ChatTemplate;
 use antefix_models::tokenizer::Tokenizer;
 use anyhow::{Context, anyhow};
@@ -121,6 +122,22 @@ pub(crate) fn threads(asked: Option<usize>) -> Result<usize, Failure> {
         Some(n) => Ok(n),
         None => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
     }
+}
+
+/// A loaded model with its name and what identifies its file, for examinations.
+pub(crate) fn subject(args: &ModelArgs, run: &RunArgs) -> Result<Subject, Failure> {
+    let path = path(args)?;
+    let Loaded { model, tokenizer } = Loaded::new(args, run)?;
+    let sha256 = match path.is_file() {
+        true => sha256(&path).map_err(Failure::other)?,
+        false => String::new(),
+    };
+    Ok(Subject {
+        model,
+        tokenizer,
+        name: args.model.clone(),
+        sha256,
+    })
 }
 
 /// A loaded model with its tokenizer.

@@ -93,6 +93,7 @@ impl Host for EngineHost {
             max_tokens: Some(max_tokens),
             want_logits: ask.logits,
             no_cache: ask.fresh,
+            question_after_cut: ask.question_after_cut,
             ignore_eos: script.is_some(),
             constraint: script.map(|s| BoxedConstraint(Box::new(s))),
             ..RawJob::default()

@@ -6,12 +6,15 @@ pub mod bench_method;
 pub mod eval;
 pub mod heads;
 pub mod host;
+pub mod likelihood;
 pub mod load;
 pub mod logits;
 pub mod perplexity;
 pub mod plot;
+pub mod repro;
 pub mod reuse;
 pub mod tasks;
+pub mod together;
 
 /// Peak resident memory of this process in bytes, where the system tells.
 pub fn peak_rss() -> Option<usize> {

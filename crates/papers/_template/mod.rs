@@ -24,8 +24,7 @@
 use antefix_attention::method::{Axis, Card, Knobs, Method, Paper, Rig, RigError};
 
 pub mod reference;
-#[cfg(test)]
-mod repro;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

@@ -1,7 +1,27 @@
-//! A claim of the paper as a test: the smallest setting in which it can be seen, with the paper's number beside ours.
+//! A claim of the paper, measured again at our scale.
 
-#[test]
-#[ignore = "write a claim of the paper as an assertion, then delete this line"]
-fn the_claim_of_the_paper_holds() {
-    panic!("no claim of the paper is reproduced yet");
+use crate::repro::{Judgement, Lab, LabError, Outcome, Repro, Scale, Verdict, SMOLLM2};
+
+/// The claim.
+pub static REPRO: Repro = Repro {
+    slug: "{{slug}}",
+    claim: "",
+    source: "",
+    rule: "",
+    model: SMOLLM2,
+    run,
+};
+
+fn run(_lab: &mut dyn Lab, _scale: Scale) -> Result<Outcome, LabError> {
+    // Measure the method and its baseline through `lab`, then hand their figures to `judge`.
+    Err(LabError::Failed("it is not written yet".into()))
+}
+
+/// The verdict by the rule, out of the method's figure and the baseline's.
+#[expect(dead_code, reason = "until `run` measures something")]
+fn judge(measured: f64, baseline: f64) -> Judgement {
+    Judgement {
+        verdict: Verdict::of(&[measured >= baseline]),
+        why: format!("{measured:.3} against {baseline:.3}"),
+    }
 }

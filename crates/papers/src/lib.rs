@@ -4,7 +4,10 @@
 
 use antefix_attention::method::Method;
 
+use repro::Repro;
+
 pub mod heads;
+pub mod repro;
 
 // papers: first
 pub mod act;
@@ -42,4 +45,38 @@ pub const ALL: &[&dyn Method] = &[
     &kv_baselines::StreamingLlm,
     &rope_scaling::yarn::Yarn,
     // methods: last
+];
+
+/// The claims that `antefix repro` looks into, in the order of the names.
+pub const REPROS: &[&Repro] = &[
+    // repros: first
+    &act::repro::REPRO,
+    &ape::repro::REPRO,
+    &cacheblend::repro::REPRO,
+    &compresskv::repro::REPRO,
+    &entropy_abf::repro::REPRO,
+    &hydragen::repro::REPRO,
+    &jrt::repro::REPRO,
+    &razor_attention::repro::REPRO,
+    &retrieval_heads::repro::REPRO,
+    // repros: last
+];
+
+/// Methods without a reproduction of their own, and why.
+pub const WITHOUT_REPRO: &[(&str, &str)] = &[
+    ("llama3_rope", "A baseline of `entropy_abf`."),
+    ("ntk_aware", "A baseline of `entropy_abf`."),
+    ("ntk_by_parts", "A baseline of `entropy_abf`."),
+    ("position_interpolation", "A baseline of `entropy_abf`."),
+    ("pyramidkv", "A baseline of `compresskv`."),
+    (
+        "random_kv",
+        "No paper: a baseline of `compresskv` and `razor_attention`.",
+    ),
+    ("snapkv", "A baseline of `compresskv` and `razor_attention`."),
+    (
+        "streaming_llm",
+        "A baseline of `compresskv` and `razor_attention`.",
+    ),
+    ("yarn", "A baseline of `entropy_abf`."),
 ];

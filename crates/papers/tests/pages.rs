@@ -1,4 +1,4 @@
-//! Cards are in order, and the pages under `docs/methods/` say what cards and module documentation say.
+//! Cards are in order, and the pages under `docs/methods/` say what cards, module documentation and the last reproductions say.
 //!
 //! `cargo xtask docs` writes the pages.
 
@@ -7,10 +7,43 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use antefix_attention::method;
-use antefix_papers::ALL;
+use antefix_papers::{ALL, REPROS, WITHOUT_REPRO};
+use serde_json::Value;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The last section of a page: the claim, and the last figures of `antefix repro --write-docs`.
+fn reproduction(name: &str, lines: &[Value]) -> String {
+    let Some(repro) = REPROS.iter().find(|r| r.slug == name) else {
+        let why = WITHOUT_REPRO.iter().find(|w| w.0 == name).map_or("", |w| w.1);
+        return format!("\n## Reproduction\nNone of its own. {why}\n");
+    };
+    let mut out = format!(
+        "\n## Reproduction\n**Claim.** {} *{}*\n\n**Rule.** {}\n\n",
+        repro.claim, repro.source, repro.rule
+    );
+    let mine: Vec<&Value> = lines.iter().filter(|l| l["slug"] == name).collect();
+    let figure = |x: &Value| x.as_f64().map_or_else(|| "-".to_string(), |x| format!("{x:.3}"));
+    for (i, l) in mine.iter().enumerate() {
+        let text = |key: &str| l[key].as_str().unwrap_or("").to_string();
+        if i == 0 {
+            out += "| model | run | measured | baseline | verdict |\n|---|---|---|---|---|\n";
+        }
+        let (run, unit) = (if l["fast"] == true { "short" } else { "full" }, text("unit"));
+        out += &format!(
+            "| {} | {run}: {} | {} {unit} | {} | {} |\n",
+            text("model"),
+            text("scale"),
+            figure(&l["measured"]),
+            figure(&l["baseline"]),
+            text("verdict")
+        );
+    }
+    out + &format!(
+        "\n`antefix repro {name}` measures it; what the figures say stands in [Reproductions](../reproductions.md#{name}).\n"
+    )
 }
 
 #[test]
@@ -29,11 +62,18 @@ fn every_card_is_in_order_and_every_name_is_there_once() {
 #[test]
 fn the_committed_pages_are_those_of_the_cards() {
     let folder = root().join("docs/methods");
+    let lines =
+        fs::read_to_string(root().join("docs/reproductions.jsonl")).expect("docs/reproductions.jsonl");
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).expect("one object a line"))
+        .collect();
     let mut pages = vec![("README.md".to_string(), method::index(ALL))];
     for m in ALL {
         let card = m.card();
         let source = fs::read_to_string(root().join(card.source)).expect(card.source);
         let page = method::page(card, &source).unwrap_or_else(|e| panic!("{e}"));
+        let page = page + &reproduction(card.name, &lines);
         pages.push((format!("{}.md", card.name), page));
     }
     let write = std::env::var_os("ANTEFIX_WRITE_PAGES").is_some();

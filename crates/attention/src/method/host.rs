@@ -20,6 +20,8 @@ pub struct Ask {
     pub logits: bool,
     /// Compute everything, whatever the cache of prefixes holds.
     pub fresh: bool,
+    /// A cache policy decides before it has seen what stands behind the last document.
+    pub question_after_cut: bool,
 }
 
 /// What follows a prompt.

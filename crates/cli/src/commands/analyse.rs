@@ -8,7 +8,6 @@ use antefix_lab::heads::{
     MaskCurve, NeedleRun, NeedleRuns, Pattern, Search, Subject, calibration, heat_map, masking, pattern,
     retrieval,
 };
-use antefix_models::store::sha256;
 use antefix_models::tokenizer::Specials;
 use antefix_papers::act::sinks::Rule;
 use antefix_papers::heads::{HeadProfile, HeadTest, spearman};
@@ -19,7 +18,7 @@ use serde_json::json;
 
 use super::{json_line, line};
 use crate::failure::Failure;
-use crate::model::{self, Loaded, ModelArgs, RunArgs};
+use crate::model::{self, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -126,21 +125,6 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-fn subject(args: &ModelArgs, run: &RunArgs) -> Result<Subject, Failure> {
-    let path = model::path(args)?;
-    let Loaded { model, tokenizer } = Loaded::new(args, run)?;
-    let sha256 = match path.is_file() {
-        true => sha256(&path).map_err(Failure::other)?,
-        false => String::new(),
-    };
-    Ok(Subject {
-        model,
-        tokenizer,
-        name: args.model.clone(),
-        sha256,
-    })
-}
-
 fn write(file: &Path, text: &str) -> Result<(), Failure> {
     std::fs::write(file, text)
         .with_context(|| format!("while writing `{}`", file.display()))
@@ -149,7 +133,7 @@ fn write(file: &Path, text: &str) -> Result<(), Failure> {
 
 fn attention(args: &AttentionArgs) -> Result<(), Failure> {
     let text = super::read(&args.file)?;
-    let subject = subject(&args.model, &args.run)?;
+    let subject = model::subject(&args.model, &args.run)?;
     let tokenizer = &subject.tokenizer;
     let mut tokens: Vec<u32> = tokenizer
         .bos()
@@ -219,7 +203,7 @@ fn heads(args: &HeadsArgs) -> Result<(), Failure> {
             "at least one run, text, length and depth are needed, depths from 0 to 1"
         )));
     }
-    let subject = subject(&args.model, &args.run)?;
+    let subject = model::subject(&args.model, &args.run)?;
     let mut profile = match args.out.as_ref().filter(|f| f.is_file()) {
         Some(file) => kept(file, &subject)?,
         None => subject.profile(),

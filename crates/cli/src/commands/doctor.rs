@@ -25,12 +25,17 @@ fn proc(file: &str, key: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_string())
 }
 
+/// The processor's name.
+pub(crate) fn processor() -> String {
+    proc("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into())
+}
+
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let cpu = cpu()?;
     let threads = threads(args.threads)?;
     let team = Team::new(threads);
     let ceilings = probe::measure(cpu, &team);
-    let name = proc("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into());
+    let name = processor();
     let memory = proc("/proc/meminfo", "MemTotal").unwrap_or_else(|| "unknown".into());
     let here: Vec<&str> = Cpu::available().iter().map(|c| c.path().name()).collect();
     let absent: Vec<&str> = Path::ALL

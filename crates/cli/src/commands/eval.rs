@@ -1,4 +1,4 @@
-//! `antefix eval`: tasks whose answers a text holds, by length and depth.
+//! `antefix eval`: tasks whose answers a text holds, by length and depth; distance from dense attention and perplexity by position.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -14,10 +14,12 @@ use crate::failure::Failure;
 use crate::method::MethodArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
+mod distance;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// needle, needle-keys, needle-values, variables, common-words, frequent-words, lookup, two-hop, many-shot, copy, or
-    /// `ruler` for all of them
+    /// `ruler` for all of them; `kl`: distance from dense attention at the answers to needles; `ppl`: perplexity by position
     #[arg(required = true)]
     tasks: Vec<String>,
     #[command(flatten)]
@@ -59,8 +61,18 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let (distances, names): (Vec<String>, Vec<String>) = args
+        .tasks
+        .iter()
+        .cloned()
+        .partition(|name| distance::KINDS.contains(&name.as_str()));
+    if !distances.is_empty() && (args.out.is_some() || args.report.is_some()) {
+        return Err(Failure::Input(anyhow!(
+            "`kl` and `ppl` keep no samples\nhint: run them without `--out` and `--report`"
+        )));
+    }
     let plan = Plan {
-        tasks: tasks(&args.tasks)?,
+        tasks: tasks(&names)?,
         lengths: args.lengths.clone(),
         depths: depths(&args.depths)?,
         samples: args.samples,
@@ -83,6 +95,24 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
     let longest = plan.lengths.iter().max().copied().unwrap_or(0);
     let program = args.method.program(&model)?;
+    let kit = Kit {
+        tokenizer: &tokenizer,
+        prose: &prose,
+        digits: args.digits,
+    };
+    if !distances.is_empty() {
+        let subject = distance::Subject {
+            model: &model,
+            tokenizer: &tokenizer,
+            program: program.as_ref(),
+        };
+        for kind in &distances {
+            subject.run(kind, args, &kit, &plan)?;
+        }
+    }
+    if plan.tasks.is_empty() {
+        return Ok(());
+    }
     let mut runner = Runner::new(
         &model,
         &tokenizer,
@@ -90,11 +120,6 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         program,
         args.question_after_cut,
     );
-    let kit = Kit {
-        tokenizer: &tokenizer,
-        prose: &prose,
-        digits: args.digits,
-    };
     let bar = ProgressBar::new(0);
     bar.set_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} (left {eta}) {msg}")
@@ -157,7 +182,10 @@ fn tasks(names: &[String]) -> Result<Vec<Task>, Failure> {
     for name in names {
         match name.as_str() {
             "ruler" => out.extend(Task::ALL),
-            name => out.push(name.parse().map_err(Failure::input)?),
+            name => out.push(
+                name.parse()
+                    .map_err(|e| Failure::Input(anyhow!("{e}; or ruler, kl, ppl")))?,
+            ),
         }
     }
     Ok(out)

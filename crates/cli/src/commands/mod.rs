@@ -14,6 +14,7 @@ pub(crate) mod logits;
 pub(crate) mod methods;
 pub(crate) mod models;
 pub(crate) mod perplexity;
+pub(crate) mod repro;
 pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod tokenize;

@@ -1,11 +1,13 @@
 //! Runs tasks on a model with a method and says what came out, cell by cell.
 
+mod belief;
 mod report;
 mod run;
 
 use antefix_engine::EngineError;
 use serde::{Deserialize, Serialize};
 
+pub use belief::{BeliefError, Cell, KlRow, beliefs};
 pub use report::{html, table};
 pub use run::{Answer, Runner};
 
@@ -95,7 +97,8 @@ pub struct Row {
     pub accuracy: f64,
     /// Mean kept fraction.
     pub kept: f64,
-    /// Median seconds to the first token.
+    /// Median seconds to the first token; in tables, not in JSON.
+    #[serde(skip)]
     pub ttft_s: f64,
 }
 
@@ -166,6 +169,11 @@ pub enum Step<'a> {
     Cell(&'a Row),
 }
 
+/// The seed of sample `i` of a run with `seed`: streams far apart for the samples of all seeds.
+pub fn sample_seed(seed: u64, i: usize) -> u64 {
+    seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(i as u64)
+}
+
 /// Runs every cell of `plan`. Samples in `earlier` are taken over instead of being computed again.
 ///
 /// # Errors
@@ -209,11 +217,7 @@ pub fn run(
             let record = match found {
                 Some(record) => record,
                 None => {
-                    // Streams far apart for the samples of all seeds.
-                    let seed = plan
-                        .seed
-                        .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-                        .wrapping_add(i as u64);
+                    let seed = sample_seed(plan.seed, i);
                     let sample = task.sample(kit, length, depth.unwrap_or(0.5), seed)?;
                     let answer = runner.ask(&sample)?;
                     Record {

@@ -46,6 +46,7 @@ use sinks::{Rule, Threshold};
 
 pub mod calibrate;
 pub mod reference;
+pub mod repro;
 pub mod sinks;
 #[cfg(test)]
 mod tests;

@@ -35,6 +35,7 @@
 //! Yang et al., APE: Faster and Longer Context-Augmented Generation via Adaptive Parallel Encoding, ICLR 2025, arXiv 2502.05431.
 
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

@@ -40,6 +40,7 @@
 
 mod plan;
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

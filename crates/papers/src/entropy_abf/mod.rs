@@ -39,6 +39,7 @@ use antefix_attention::method::{
 use crate::rope_scaling::{self, ALWAYS, FACTOR};
 
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

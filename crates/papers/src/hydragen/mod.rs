@@ -33,5 +33,6 @@
 //! Juravsky et al., Hydragen: High-Throughput LLM Inference with Shared Prefixes, ICML 2024, arXiv 2402.05099.
 
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;

@@ -36,6 +36,7 @@ use antefix_attention::method::{
     Axis, Card, Kind, Knob, Knobs, Method, Need, Paper, Preset, Prompt, PromptPass, Rig, RigError, Words,
 };
 
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

@@ -40,6 +40,7 @@ use antefix_attention::method::{
 
 use crate::heads::{HeadProfile, ranking};
 
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

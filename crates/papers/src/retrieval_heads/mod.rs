@@ -38,6 +38,7 @@ use mask::{Mask, mask};
 
 pub mod mask;
 pub mod reference;
+pub mod repro;
 pub mod score;
 #[cfg(test)]
 mod tests;
