@@ -243,12 +243,19 @@ impl<'m> Rig<'m> {
     /// # Errors
     /// When there is none of this name; `hint` says how to get one.
     pub fn profile(&self, kind: &'static str, name: &str, hint: &str) -> Result<String, RigError> {
-        self.profiles.read(kind, name).map_err(|why| RigError::Profile {
+        self.profiles
+            .read(kind, name)
+            .map_err(|why| self.unusable(kind, why, hint))
+    }
+
+    /// An error about a profile of this kind that is not there or cannot be used; `hint` says how to get one that can.
+    pub fn unusable(&self, kind: &'static str, why: impl Into<String>, hint: impl Into<String>) -> RigError {
+        RigError::Profile {
             method: self.installing,
             kind,
-            why,
-            hint: hint.to_string(),
-        })
+            why: why.into(),
+            hint: hint.into(),
+        }
     }
 
     /// An error that says why the method does not fit the model.

@@ -40,7 +40,7 @@ use antefix_attention::method::{
     Axis, Card, HookMaker, Kind, Knob, Knobs, Method, Need, Paper, Preset, Rig, RigError,
 };
 
-use crate::heads::choose;
+use crate::heads::{HEADS, KIND, choose, profile_knob};
 use calibrate::{Act, Calibration, Mode};
 use sinks::{Rule, Threshold};
 
@@ -123,25 +123,14 @@ static CARD: Card = Card {
             help: "How many heads of the profile, best margin first",
             source: "2 to 20 % of the heads in the official lists",
         },
-        Knob {
-            name: "profile",
-            kind: Kind::Profile,
-            default: Preset::Text("default"),
-            unit: "",
-            help: "Profile of heads with the measurement act, from antefix analyse heads --kind act",
-            source: "ours",
-        },
-        Knob {
-            name: "heads",
-            kind: Kind::Text,
-            default: Preset::Text(""),
-            unit: "",
-            help: "These heads instead of the profile's: LAYER:HEAD+LAYER:HEAD",
-            source: "ours",
-        },
+        profile_knob(
+            "Profile of heads with the measurement act, from antefix analyse heads --kind act",
+            "ours",
+        ),
+        HEADS,
     ],
     query_dependent: false,
-    needs: &[Need::Profile("heads")],
+    needs: &[Need::Profile(KIND)],
     neutral: Some("top=0"),
     source: file!(),
 };

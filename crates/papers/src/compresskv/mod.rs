@@ -38,7 +38,7 @@ use antefix_attention::method::{
     RigError, Sight,
 };
 
-use crate::heads::HeadProfile;
+use crate::heads::{self, KIND, profile_knob};
 use crate::kv_baselines::snapkv::{BUDGET, KERNEL, SMOOTHING, Votes, window};
 use crate::kv_baselines::window;
 
@@ -86,17 +86,13 @@ static CARD: Card = Card {
             help: "Budgets by the profile's eviction errors, where it holds them, or the same for all layers",
             source: "section 3.3",
         },
-        Knob {
-            name: "profile",
-            kind: Kind::Profile,
-            default: Preset::Text("default"),
-            unit: "",
-            help: "Profile of heads with the measurement semantic, from antefix analyse heads --kind semantic",
-            source: "section 3.1",
-        },
+        profile_knob(
+            "Profile of heads with the measurement semantic, from antefix analyse heads --kind semantic",
+            "section 3.1",
+        ),
     ],
     query_dependent: true,
-    needs: &[Need::Profile("heads")],
+    needs: &[Need::Profile(KIND)],
     neutral: Some("budget=1048576"),
     source: file!(),
 };
@@ -108,20 +104,12 @@ impl Method for CompressKv {
 
     fn install(&self, knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError> {
         let votes = Votes::new(knobs, rig)?;
-        let (facts, name) = (rig.facts(), knobs.text("profile"));
-        let hint = "antefix analyse heads --kind semantic --out FILE";
-        let shape = [facts.layers.len(), facts.heads, facts.kv_heads];
-        let wrong = |error: crate::heads::ProfileError| RigError::Profile {
-            method: CARD.name,
-            kind: "heads",
-            why: error.to_string(),
-            hint: hint.to_string(),
-        };
-        let profile = HeadProfile::parse(&rig.profile("heads", name, hint)?, shape).map_err(wrong)?;
-        let score = &profile.test("semantic").map_err(wrong)?.score;
+        let facts = rig.facts();
+        let profile = heads::load(knobs, rig, "semantic")?;
+        let score = &profile.test("semantic")?.score;
         let (budget, layers) = (knobs.size("budget"), facts.full_layers().collect::<Vec<_>>());
-        let errors = match (knobs.text("layers"), profile.test("eviction")) {
-            ("error", Ok(test)) => layers
+        let errors = match (knobs.text("layers"), profile.find("eviction")) {
+            ("error", Some(test)) => layers
                 .iter()
                 .map(|&l| f64::from(test.score[l][0].max(0.0)))
                 .collect(),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use antefix_attention::method::{Chosen, Facts, Profiles, Value};
 
 use super::*;
-use crate::heads::{FORMAT, HeadTest};
+use crate::heads::{FORMAT, HeadProfile, HeadTest};
 
 #[test]
 fn it_conforms() {

@@ -38,7 +38,7 @@ use antefix_attention::method::{
     Preset, Rig, RigError, Sight,
 };
 
-use crate::heads::{HeadProfile, ranking};
+use crate::heads::{self, KIND, profile_knob, ranking};
 
 pub mod repro;
 #[cfg(test)]
@@ -116,17 +116,13 @@ static CARD: Card = Card {
             help: "Tokens of the answer after which rows are folded again",
             source: "ours",
         },
-        Knob {
-            name: "profile",
-            kind: Kind::Profile,
-            default: Preset::Text("default"),
-            unit: "",
-            help: "Profile of heads with the measurements induction and echo, from antefix analyse heads",
-            source: "section 3.1",
-        },
+        profile_knob(
+            "Profile of heads with the measurements induction and echo, from antefix analyse heads",
+            "section 3.1",
+        ),
     ],
     query_dependent: false,
-    needs: &[Need::Profile("heads")],
+    needs: &[Need::Profile(KIND)],
     neutral: Some("induction=1"),
     source: file!(),
 };
@@ -138,20 +134,11 @@ impl Method for RazorAttention {
 
     fn install(&self, knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError> {
         let facts = rig.facts();
-        let hint = "antefix analyse heads --kind induction --out FILE, then the same with --kind echo";
-        let shape = [facts.layers.len(), facts.heads, facts.kv_heads];
-        let wrong = |error: crate::heads::ProfileError| RigError::Profile {
-            method: CARD.name,
-            kind: "heads",
-            why: error.to_string(),
-            hint: hint.to_string(),
-        };
-        let text = rig.profile("heads", knobs.text("profile"), hint)?;
-        let profile = HeadProfile::parse(&text, shape).map_err(wrong)?;
+        let profile = heads::load(knobs, rig, "induction")?;
         let mut retrieval = vec![vec![false; facts.kv_heads]; facts.layers.len()];
         let full: Vec<usize> = facts.full_layers().collect();
         for kind in ["induction", "echo"] {
-            let score = profile.test(kind).map_err(wrong)?.of_kv_heads(facts.kv_heads);
+            let score = profile.test(kind)?.of_kv_heads(facts.kv_heads);
             for (layer, head) in retrieval_heads(&score, &full, knobs.float(kind)) {
                 retrieval[layer][head] = true;
             }

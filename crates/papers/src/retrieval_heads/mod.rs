@@ -33,7 +33,7 @@
 
 use antefix_attention::method::{Axis, Card, Kind, Knob, Knobs, Method, Need, Paper, Preset, Rig, RigError};
 
-use crate::heads::choose;
+use crate::heads::{HEADS, KIND, choose, profile_knob};
 use mask::{Mask, mask};
 
 pub mod mask;
@@ -83,25 +83,11 @@ static CARD: Card = Card {
             help: "Even attention over all keys, or no output",
             source: "uniform: the paper's program",
         },
-        Knob {
-            name: "profile",
-            kind: Kind::Profile,
-            default: Preset::Text("default"),
-            unit: "",
-            help: "Profile of heads, from antefix analyse heads",
-            source: "ours",
-        },
-        Knob {
-            name: "heads",
-            kind: Kind::Text,
-            default: Preset::Text(""),
-            unit: "",
-            help: "These heads instead of the profile's: LAYER:HEAD+LAYER:HEAD",
-            source: "ours",
-        },
+        profile_knob("Profile of heads, from antefix analyse heads", "ours"),
+        HEADS,
     ],
     query_dependent: false,
-    needs: &[Need::Profile("heads")],
+    needs: &[Need::Profile(KIND)],
     neutral: Some("top=0"),
     source: file!(),
 };

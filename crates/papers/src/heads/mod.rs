@@ -1,7 +1,10 @@
 //! Profiles of heads: what was measured of every head of a model, in one file format for all methods that choose heads.
 
-use antefix_attention::method::{Knobs, Rig, RigError};
 use serde::{Deserialize, Serialize};
+
+mod choose;
+
+pub use choose::{HEADS, KIND, Measured, choose, load, parse_heads, profile_knob};
 
 /// The first field of every profile.
 pub const FORMAT: &str = "antefix heads 1";
@@ -88,7 +91,7 @@ pub enum ProfileError {
         want: [usize; 3],
     },
     /// Not measured.
-    #[error("the profile has no `{name}`, only {have}\nhint: antefix analyse heads --kind {name} --out FILE")]
+    #[error("the profile has no `{name}`, only {have}")]
     Missing {
         /// What was wanted.
         name: String,
@@ -217,58 +220,6 @@ fn ranks(values: &[f32]) -> Vec<f64> {
     ranks
 }
 
-/// Heads written as `LAYER:HEAD`, joined by `+`.
-///
-/// # Errors
-/// In words, when it is none or the model has no such head.
-pub fn parse_heads(text: &str, layers: usize, heads: usize) -> Result<Vec<(usize, usize)>, String> {
-    let one = |word: &str| {
-        let pair = word
-            .split_once(':')
-            .and_then(|(l, h)| Some((l.parse().ok()?, h.parse().ok()?)));
-        match pair {
-            Some((l, h)) if l < layers && h < heads => Ok((l, h)),
-            Some(_) => Err(format!(
-                "there is no head `{word}`: layers 0 to {}, heads 0 to {}",
-                layers - 1,
-                heads - 1
-            )),
-            None => Err(format!("`{word}` is no head: write LAYER:HEAD, joined by `+`")),
-        }
-    };
-    text.split('+').map(one).collect()
-}
-
-/// The heads that a request names: those of the knob `heads`, or else the `top` best of measurement `test` in the profile that the
-/// knob `profile` names.
-///
-/// # Errors
-/// When a head does not exist or there is no such profile.
-pub fn choose(
-    knobs: &Knobs,
-    rig: &Rig<'_>,
-    test: &'static str,
-    top: usize,
-) -> Result<Vec<(usize, usize)>, RigError> {
-    let facts = rig.facts();
-    let (layers, heads) = (facts.layers.len(), facts.heads);
-    let named = knobs.text("heads");
-    if !named.is_empty() {
-        return parse_heads(named, layers, heads).map_err(|why| rig.senseless(why));
-    }
-    if top == 0 {
-        return Ok(Vec::new());
-    }
-    let hint =
-        "antefix analyse heads --out FILE writes one; or name heads yourself: heads=LAYER:HEAD+LAYER:HEAD";
-    let text = rig.profile("heads", knobs.text("profile"), hint)?;
-    let profile =
-        HeadProfile::parse(&text, [layers, heads, facts.kv_heads]).map_err(|e| rig.misfit(e.to_string()))?;
-    let test = profile.test(test).map_err(|e| rig.misfit(e.to_string()))?;
-    let best = test.ranking().into_iter().take(top).filter(|r| r.score > 0.0);
-    Ok(best.map(|r| (r.layer, r.head)).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -330,13 +281,5 @@ mod tests {
         );
         assert_eq!(spearman(&[1.0, 1.0], &[1.0, 2.0]), 0.0);
         assert_eq!(spearman(&[], &[]), 0.0);
-    }
-
-    #[test]
-    fn heads_are_named_by_layer_and_number() {
-        assert_eq!(parse_heads("0:1+3:2", 4, 4), Ok(vec![(0, 1), (3, 2)]));
-        for wrong in ["", "1", "a:b", "1:2+", "4:0", "0:4", "1:-1"] {
-            assert!(parse_heads(wrong, 4, 4).is_err(), "{wrong}");
-        }
     }
 }
