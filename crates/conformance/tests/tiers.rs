@@ -6,13 +6,14 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use antefix_conformance::{Answer, Traffic, engine, tiny};
 use antefix_engine::{Budget, CacheOptions, Engine, Event, Job, Keep, RawJob, identity};
 use antefix_kernels::cpu::Cpu;
-use antefix_kv::disk::{DiskTier, Limits};
-use antefix_kv::tiers::{Tier, Tiers};
+use antefix_kv::BlockName;
+use antefix_kv::disk::{Directory, DiskTier, Limits};
+use antefix_kv::tiers::{Tier, TierError, TierStats, Tiers};
 use antefix_models::decoder::Model;
 use antefix_models::spec::Arch;
 use antefix_models::testing::Rng;
@@ -213,6 +214,60 @@ fn usage_tells_memory_and_disk_apart_and_a_foreign_model_finds_nothing() {
     let (other, tokenizer) = tiny(Arch::Qwen2, Cpu::best(), 1);
     let mut foreign = roomy(&other, &tokenizer).with_cache(below(dir.path(), &other, limits));
     assert_eq!(of(ask(&mut foreign, &tokens, Keep::default())), (0, 0));
+}
+
+/// A disk as slow as a store far away.
+struct Far(DiskTier);
+
+impl Tier for Far {
+    fn put(&mut self, block: &BlockName, payload: &[u8]) -> Result<(), TierError> {
+        Tier::put(&mut self.0, block, payload)
+    }
+    fn get(&mut self, block: &BlockName, payload: &mut Vec<u8>) -> bool {
+        std::thread::sleep(Duration::from_millis(400));
+        Tier::get(&mut self.0, block, payload)
+    }
+    fn flush(&mut self) -> Result<(), TierError> {
+        Tier::flush(&mut self.0)
+    }
+    fn clear(&mut self) -> Result<(), TierError> {
+        Tier::clear(&mut self.0)
+    }
+    fn stats(&self) -> TierStats {
+        Tier::stats(&self.0)
+    }
+    fn directory(&self) -> Option<Directory> {
+        None // it would have to ask
+    }
+}
+
+#[test]
+fn a_slow_store_brings_a_part_and_the_rest_is_computed() {
+    let dir = TempDir::new().unwrap();
+    let (model, tokenizer) = tiny(Arch::Llama, Cpu::best(), 1);
+    let tokens: Vec<u32> = (0..490).map(|i| 3 + i * 7 % 250).collect();
+    let limits = Limits::new(1 << 26);
+    let mut first = roomy(&model, &tokenizer).with_cache(below(dir.path(), &model, limits));
+    ask(&mut first, &tokens, Keep::default());
+    assert!(first.store_cache(PATIENCE));
+    drop(first);
+    let identity = identity(&model).unwrap();
+    let fingerprint = identity.fingerprint();
+    let path = dir.path().to_owned();
+    let far = move || -> Vec<Box<dyn Tier>> {
+        vec![Box::new(Far(DiskTier::open(&path, &identity, limits).unwrap()))]
+    };
+    let tiers = Tiers::start(far, 64 << 20).unwrap();
+    assert!(tiers.wait_open(PATIENCE));
+    let mut second = roomy(&model, &tokenizer).with_cache(CacheOptions {
+        below: Some((fingerprint, Arc::new(tiers))),
+        ..CacheOptions::default()
+    });
+    let began = Instant::now();
+    let usage = ask(&mut second, &tokens, Keep::default());
+    // All 15 blocks would have taken 6 s.
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!((32..480).contains(&usage.loaded_tokens), "{usage:?}");
 }
 
 #[test]

@@ -29,12 +29,58 @@ pub struct CacheConfig {
 
 /// A store that `opendal` can talk to.
 #[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct RemoteConfig {
     /// `fs:///folder`, `redis://host:6379`, `s3://bucket/prefix`.
+    #[serde(serialize_with = "without_password")]
     pub uri: String,
+    /// An answer that takes longer than so many milliseconds is none, and the store is left alone for a while.
+    #[serde(default = "timeout_ms")]
+    pub timeout_ms: u64,
     /// `opendal`'s options for the service, such as `region` or `default_ttl`.
     #[serde(default, skip_serializing)]
     pub options: BTreeMap<String, String>,
+}
+
+fn timeout_ms() -> u64 {
+    500
+}
+
+fn without_password<S: serde::Serializer>(uri: &str, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&hidden(uri))
+}
+
+/// An address without the name and password before its host.
+fn hidden(uri: &str) -> String {
+    let Some((scheme, rest)) = uri.split_once("://") else {
+        return uri.to_owned();
+    };
+    let host = rest.find('/').unwrap_or(rest.len());
+    match rest[..host].rfind('@') {
+        Some(at) => format!("{scheme}://***{}", &rest[at..]),
+        None => uri.to_owned(),
+    }
+}
+
+impl RemoteConfig {
+    /// The store at this address, with defaults.
+    pub fn at(uri: impl Into<String>) -> Self {
+        Self {
+            uri: uri.into(),
+            timeout_ms: timeout_ms(),
+            options: BTreeMap::new(),
+        }
+    }
+
+    /// Its address as it may be shown.
+    pub fn shown(&self) -> String {
+        hidden(&self.uri)
+    }
+
+    /// `timeout_ms` as a span of time.
+    pub fn patience(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
 }
 
 /// The cache folder.
@@ -111,7 +157,7 @@ fn open_disk(disk: &DiskConfig, identity: &Identity) -> Option<Box<dyn Tier>> {
 
 #[cfg(feature = "remote-cache")]
 fn open_remote(remote: &RemoteConfig, fingerprint: Fingerprint) -> Result<Box<dyn Tier>, ServerError> {
-    match crate::remote::Remote::open(&remote.uri, &remote.options, fingerprint) {
+    match crate::remote::Remote::open(remote, fingerprint) {
         Ok(tier) => Ok(Box::new(tier)),
         Err(error) => Err(ServerError::Remote(error.to_string())),
     }
@@ -121,6 +167,26 @@ fn open_remote(remote: &RemoteConfig, fingerprint: Fingerprint) -> Result<Box<dy
 fn open_remote(remote: &RemoteConfig, _: Fingerprint) -> Result<Box<dyn Tier>, ServerError> {
     Err(ServerError::Remote(format!(
         "this build has no caches on other machines, and `{}` is one\nhint: build with --features remote-cache",
-        remote.uri
+        remote.shown()
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_shown_without_its_password() {
+        for (uri, shown) in [
+            ("redis://host:6379/0", "redis://host:6379/0"),
+            ("redis://:pass@host:6379/0", "redis://***@host:6379/0"),
+            ("redis://me:p@ss@host", "redis://***@host"),
+            ("s3://bucket/a@b", "s3://bucket/a@b"),
+            ("nonsense", "nonsense"),
+        ] {
+            assert_eq!(hidden(uri), shown);
+        }
+        let told = serde_json::to_string(&RemoteConfig::at("redis://:pass@host")).expect("plain data");
+        assert!(!told.contains("pass"), "{told}");
+    }
 }

@@ -56,6 +56,14 @@ pub(crate) struct Args {
     /// MiB that the folder may take
     #[arg(long, env = "ANTEFIX_CACHE_DISK_MIB")]
     cache_disk_mib: Option<u64>,
+    /// Store on another machine for cached prefixes, asked after the folder: fs:///folder, redis://host:6379, s3://bucket/prefix
+    #[arg(
+        long,
+        value_name = "URI",
+        env = "ANTEFIX_CACHE_REMOTE",
+        hide_env_values = true
+    )]
+    cache_remote: Option<String>,
     /// MiB of memory that cached prefixes may hold; default: whatever running requests leave of --kv-mib
     #[arg(long)]
     cache_mib: Option<usize>,
@@ -202,6 +210,13 @@ impl Settings {
         s.kv_mib = args.kv_mib.or(s.kv_mib);
         s.cache_dir = args.cache_dir.clone().or(s.cache_dir);
         put(&mut s.cache_disk_mib, args.cache_disk_mib.as_ref());
+        if let Some(uri) = &args.cache_remote {
+            // The other settings of the file's table stay.
+            match &mut s.cache_remote {
+                Some(remote) => remote.uri.clone_from(uri),
+                None => s.cache_remote = Some(RemoteConfig::at(uri)),
+            }
+        }
         s.cache_mib = args.cache_mib.or(s.cache_mib);
         s.cache_ttl_s = args.cache_ttl_s.or(s.cache_ttl_s);
         s.threads = args.threads.or(s.threads);

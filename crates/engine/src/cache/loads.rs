@@ -23,6 +23,9 @@ const LOAD_BYTES: usize = 32 << 20;
 /// A tier that brings nothing for as long is given up, and the rest of the prompt computed.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// A tier that takes longer for a block, [`PATIENCE`] aside, is slower than computing it.
+const BLOCK_PATIENCE: Duration = Duration::from_millis(50);
+
 /// One prompt. It holds its pages, so that nobody evicts them before it starts.
 pub(super) struct Load {
     id: SeqId,
@@ -38,6 +41,7 @@ pub(super) struct Load {
     /// Taken out of the inbox while somebody waited for it.
     early: Option<Fetched>,
     progress: Instant,
+    began: Instant,
     over: bool,
 }
 
@@ -47,6 +51,12 @@ impl Load {
             Some(fetched) => Ok(fetched),
             None => self.inbox.try_recv(),
         }
+    }
+
+    /// Whether its blocks come, but too slowly to be worth waiting for the rest.
+    fn is_slow(&self) -> bool {
+        let blocks = (self.kv.len() - self.from_ram) / PAGE_ROWS;
+        self.began.elapsed() > PATIENCE + BLOCK_PATIENCE * blocks as u32
     }
 
     /// The next blocks to ask for.
@@ -110,6 +120,7 @@ impl Cache {
             inbox: std::sync::mpsc::channel().1,
             early: None,
             progress: Instant::now(),
+            began: Instant::now(),
             over: false,
         };
         load.inbox = tiers.fetch(load.batch(pool));
@@ -177,7 +188,7 @@ impl Cache {
                     },
                     Ok(Fetched::End { .. }) | Err(TryRecvError::Disconnected) => load.over = true,
                     Err(TryRecvError::Empty) => {
-                        load.over = load.progress.elapsed() > PATIENCE;
+                        load.over = load.progress.elapsed() > PATIENCE || load.is_slow();
                         break;
                     }
                 }
