@@ -90,4 +90,72 @@ mod tests {
             antefix_conformance::method::check(method);
         }
     }
+
+    /// SmolLM2 (base 1e5, 64 dimensions, 8,192 positions) stretched 4 times, as the specification of `entropy_abf` tabulates it.
+    #[test]
+    fn tables_are_the_golden_ones() {
+        use antefix_attention::method::Freq;
+        let plain = Freq::Base { base: 1e5 }.apply(1e5, &[0.0; 32]);
+        let (factor, original) = (4.0, 8192.0);
+        let ramp = |low, high| Freq::ByParts {
+            factor,
+            low,
+            high,
+            original,
+        };
+        let yarn = Freq::Yarn {
+            factor,
+            fast: 32.0,
+            slow: 1.0,
+            original,
+        };
+        let llama3 = Freq::Llama3 {
+            factor,
+            low: 1.0,
+            high: 4.0,
+            original,
+        };
+        let cases: [(&str, Freq, [f64; 5]); 6] = [
+            (
+                "plain",
+                Freq::Model,
+                [1.0, 2.73842e-2, 3.16228e-3, 7.49894e-4, 1.43301e-5],
+            ),
+            (
+                "ntk",
+                Freq::Ntk { factor },
+                [1.0, 1.75100e-2, 1.54618e-3, 3.06601e-4, 3.58253e-6],
+            ),
+            (
+                "by parts",
+                ramp(1.0, 32.0),
+                [1.0, 2.73842e-2, 1.02950e-3, 1.87474e-4, 3.58253e-6],
+            ),
+            (
+                "yarn",
+                yarn,
+                [1.0, 2.73842e-2, 1.73925e-3, 1.87474e-4, 3.58253e-6],
+            ),
+            (
+                "llama3",
+                llama3,
+                [1.0, 2.73842e-2, 3.16228e-3, 1.87474e-4, 3.58253e-6],
+            ),
+            (
+                "abf",
+                Freq::Base { base: 918_959.0 },
+                [1.0, 1.36921e-2, 1.04316e-3, 1.87474e-4, 1.67131e-6],
+            ),
+        ];
+        for (name, freq, want) in cases {
+            let table = freq.apply(1e5, &plain);
+            for (pair, want) in [0, 10, 16, 20, 31].into_iter().zip(want) {
+                let got = f64::from(table[pair]);
+                assert!(
+                    (got / want - 1.0).abs() < 5e-6,
+                    "{name}, pair {pair}: {got} for {want}"
+                );
+            }
+        }
+    }
 }
