@@ -6,6 +6,8 @@ use antefix_attention::method::Method;
 
 use repro::Repro;
 
+#[cfg(test)]
+mod case;
 pub mod heads;
 pub mod repro;
 
@@ -32,6 +34,7 @@ pub const ALL: &[&dyn Method] = &[
     &cacheblend::CacheBlend,
     &compresskv::CompressKv,
     &entropy_abf::EntropyAbf,
+    &kv_baselines::h2o::H2o,
     &jrt::Jrt,
     &rope_scaling::llama3::Llama3,
     &rope_scaling::ntk::NtkAware,

@@ -43,6 +43,7 @@ use crate::kv_baselines::snapkv::{BUDGET, KERNEL, SMOOTHING, Votes, window};
 use crate::kv_baselines::window;
 
 pub mod budget;
+pub mod reference;
 pub mod repro;
 #[cfg(test)]
 mod tests;

@@ -1,11 +1,11 @@
 //! compresskv: who votes, and how much each layer keeps.
 
-use std::collections::BTreeMap;
-
-use antefix_attention::method::{Chosen, Facts, Profiles, Value};
+use antefix_attention::method::{Chosen, Facts, Profiles, Program, RawChoice};
 
 use super::*;
+use crate::case::{Case, Shape, kept};
 use crate::heads::{FORMAT, HeadProfile, HeadTest};
+use crate::kv_baselines::reference::{snapkv, softmax};
 
 #[test]
 fn it_conforms() {
@@ -52,34 +52,35 @@ fn profile(eviction: Option<Vec<f32>>) -> String {
     serde_json::to_string(&profile).expect("plain data")
 }
 
-fn installed(text: &str, budget: i64) -> Result<String, RigError> {
-    let dir = std::env::temp_dir().join(format!(
-        "antefix-compresskv-{}-{}",
-        std::process::id(),
-        fastrand::u64(..)
-    ));
-    std::fs::create_dir_all(dir.join("heads")).expect("a folder for tests");
-    std::fs::write(dir.join("heads/default.json"), text).expect("a file for tests");
-    let given = BTreeMap::from([("budget".to_string(), Value::Int(budget))]);
+/// The program under these settings on the example model, whose profile is `text`.
+fn installed(text: &str, settings: &str) -> Result<Program, RigError> {
+    let dir = tempfile::TempDir::new().expect("a folder for tests");
+    std::fs::create_dir(dir.path().join(KIND)).expect("a folder for tests");
+    std::fs::write(dir.path().join(KIND).join("default.json"), text).expect("a file for tests");
+    let raw = RawChoice::parse(&format!("compresskv,{settings}")).expect("well written");
     let chosen = Chosen {
         method: &CompressKv,
-        knobs: Knobs::new(&CARD, &given).expect("in range"),
+        knobs: Knobs::new(&CARD, &raw.knobs).expect("in range"),
     };
     let profiles = Profiles {
-        folders: vec![dir.clone()],
+        folders: vec![dir.path().to_owned()],
     };
-    let program = Rig::assemble(&Facts::example(), &profiles, &[chosen]);
-    std::fs::remove_dir_all(&dir).expect("as it was made");
-    program.map(|p| format!("{p:?}"))
+    Rig::assemble(&Facts::example(), &profiles, &[chosen])
 }
 
 #[test]
 fn budgets_follow_the_profile() {
     // Layer 1 has a window and no limit; the others share three budgets by their errors.
-    let program = installed(&profile(Some(vec![1.0, 9.0, 2.0, 1.0])), 132).expect("it goes");
+    let told = |eviction| {
+        format!(
+            "{:?}",
+            installed(&profile(eviction), "budget=132").expect("it goes")
+        )
+    };
+    let program = told(Some(vec![1.0, 9.0, 2.0, 1.0]));
     let caps = format!("caps: [{}, {}, {}, {}]", 32 + 75, usize::MAX, 32 + 150, 32 + 75);
     assert!(program.contains(&caps), "{program}");
-    let program = installed(&profile(None), 132).expect("it goes");
+    let program = told(None);
     assert!(
         program.contains(&format!("caps: [132, {}, 132, 132]", usize::MAX)),
         "{program}"
@@ -89,8 +90,91 @@ fn budgets_follow_the_profile() {
 
 #[test]
 fn a_profile_of_another_model_is_refused() {
-    let error =
-        installed(&profile(None).replace("\"layers\":4", "\"layers\":5"), 64).expect_err("wrong shape");
+    let error = installed(
+        &profile(None).replace("\"layers\":4", "\"layers\":5"),
+        "budget=64",
+    )
+    .expect_err("wrong shape");
     assert!(error.to_string().contains("compresskv"), "{error}");
-    assert!(installed("{}", 64).is_err());
+    assert!(installed("{}", "budget=64").is_err());
+}
+
+/// Every layer of random cases under these settings, beside what `want(weights of all heads, layer, case)` says.
+fn check(settings: &str, want: impl Fn(&[Vec<Vec<f64>>], usize, &Case) -> Vec<usize>) {
+    let program = installed(&profile(None), settings).expect("it goes");
+    let policy = program.policy().expect("it cuts caches");
+    let shape = Shape {
+        layers: 4,
+        heads: 4,
+        kv_heads: 2,
+        rows: 77,
+        queries: 8,
+    };
+    for seed in 0..8 {
+        let case = Case::random(seed, shape);
+        for layer in [0, 2, 3] {
+            let weights: Vec<_> = (0..4).map(|h| softmax(&case.scores(layer, h))).collect();
+            let want = want(&weights, layer, &case);
+            let got = kept(policy.layer(&case.view(layer)), shape.rows, shape.kv_heads);
+            assert_eq!(
+                got,
+                [want.clone(), want],
+                "{settings}, seed {seed}, layer {layer}"
+            );
+        }
+        let all: Vec<usize> = (0..shape.rows).collect();
+        let got = kept(policy.layer(&case.view(1)), shape.rows, shape.kv_heads);
+        assert_eq!(got, [all.clone(), all], "layer 1 has a window");
+    }
+}
+
+#[test]
+fn it_keeps_what_its_reference_keeps() {
+    for (heads, kernel) in [(1, 5), (2, 5), (4, 7)] {
+        check(
+            &format!("budget=40,window=8,kernel={kernel},heads={heads}"),
+            |weights, layer, _| {
+                // Head h of layer l has score (l + h) mod 4.
+                let mut order: Vec<usize> = (0..4).collect();
+                order.sort_by_key(|h| std::cmp::Reverse((layer + h) % 4));
+                let voters: Vec<_> = order[..heads].iter().map(|&h| weights[h].clone()).collect();
+                reference::keep(&voters, 40, kernel)
+            },
+        );
+    }
+}
+
+#[test]
+fn with_all_heads_it_is_snapkv_with_one_set_for_the_layer() {
+    check("budget=40,window=8,heads=4", |weights, _, _| {
+        snapkv(weights, 40, 5, false)
+    });
+}
+
+#[test]
+fn only_the_voters_are_heard() {
+    // Layer 0: head 3 votes alone, and what head 0 looks at makes no difference.
+    check("budget=40,window=8,heads=1", |weights, layer, _| {
+        let mut changed = weights.to_vec();
+        changed[(4 - layer) % 4].reverse();
+        reference::keep(&[changed[(7 - layer) % 4].clone()], 40, 5)
+    });
+}
+
+#[test]
+fn budgets_are_those_of_the_reference() {
+    let mut rng = fastrand::Rng::with_seed(11);
+    for _ in 0..300 {
+        let layers = rng.usize(1..33);
+        let drawn: Vec<f64> = (0..layers).map(|_| rng.f64().powi(3) + 1e-3).collect();
+        let sum: f64 = drawn.iter().sum();
+        let e: Vec<f64> = drawn.iter().map(|e| e / sum).collect();
+        let mean = rng.usize(33..400);
+        let want = reference::budgets(&e, mean as i64, LEAST as i64, 3 * mean as i64);
+        let got: Vec<i64> = budget::allocate(&drawn, mean, LEAST, 3 * mean)
+            .iter()
+            .map(|&b| b as i64)
+            .collect();
+        assert_eq!(got, want, "{layers} layers, mean {mean}");
+    }
 }

@@ -114,7 +114,10 @@ pub fn choose(
     }
     let profile = load(knobs, rig, test)?;
     let best = profile.test(test)?.ranking().into_iter().take(top);
-    Ok(best.filter(|r| r.score > 0.0).map(|r| (r.layer, r.head)).collect())
+    Ok(best
+        .filter(|r| r.score > 0.0)
+        .map(|r| (r.layer, r.head))
+        .collect())
 }
 
 #[cfg(test)]
@@ -176,7 +179,10 @@ mod tests {
             for error in all {
                 assert!(matches!(error, RigError::Profile { kind: KIND, .. }), "{error:?}");
                 let told = error.to_string();
-                assert!(told.contains(part) && told.contains("antefix analyse heads --kind"), "{told}");
+                assert!(
+                    told.contains(part) && told.contains("antefix analyse heads --kind"),
+                    "{told}"
+                );
             }
         }
     }

@@ -40,6 +40,7 @@ use antefix_attention::method::{
 
 use crate::heads::{self, KIND, profile_knob, ranking};
 
+pub mod reference;
 pub mod repro;
 #[cfg(test)]
 mod tests;
