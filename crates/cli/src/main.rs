@@ -5,6 +5,7 @@ mod failure;
 mod hooks;
 mod method;
 mod model;
+mod telemetry;
 
 use std::process::ExitCode;
 

@@ -1,6 +1,5 @@
 //! `antefix serve`: the HTTP server. Settings come from flags, then the environment, then a TOML file, then defaults.
 
-use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -89,6 +88,10 @@ pub(crate) struct Args {
     /// Seconds that a request may take from its arrival to the end of its answer; requests can only shorten it
     #[arg(long, env = "ANTEFIX_REQUEST_TIMEOUT")]
     request_timeout: Option<f64>,
+    /// Address of an OpenTelemetry collector (OTLP over HTTP) that takes a span of every request: http://HOST:4318
+    #[cfg_attr(feature = "otlp", arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT"))]
+    #[cfg_attr(not(feature = "otlp"), arg(long))]
+    otlp_endpoint: Option<String>,
     /// Refuse fields that are not known
     #[arg(long)]
     strict: bool,
@@ -129,6 +132,7 @@ struct Settings {
     chat_template: Option<PathBuf>,
     analysis: bool,
     request_timeout: Option<f64>,
+    otlp_endpoint: Option<String>,
     strict: bool,
     drain_s: u64,
     body_mib: usize,
@@ -169,6 +173,7 @@ impl Default for Settings {
             chat_template: None,
             analysis: false,
             request_timeout: None,
+            otlp_endpoint: None,
             strict: false,
             drain_s: 30,
             body_mib: 32,
@@ -223,6 +228,7 @@ impl Settings {
         s.chat_template = args.chat_template.clone().or(s.chat_template);
         s.analysis |= args.analysis;
         s.request_timeout = args.request_timeout.or(s.request_timeout);
+        s.otlp_endpoint = args.otlp_endpoint.clone().or(s.otlp_endpoint);
         s.strict |= args.strict;
         if !args.names.is_empty() {
             s.names.clone_from(&args.names);
@@ -304,12 +310,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         }
         return Ok(());
     }
-    let filter = tracing_subscriber::EnvFilter::try_from_env("ANTEFIX_LOG");
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(filter.unwrap_or_else(|_| "info,tower_http=warn".into()))
-        .init();
+    let _telemetry = crate::telemetry::start(settings.otlp_endpoint.as_deref())?;
 
     let which = ModelArgs {
         model: settings.model.clone(),
