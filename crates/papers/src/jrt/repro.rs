@@ -19,7 +19,7 @@ pub static REPRO: Repro = Repro {
 
 const PAPER: f64 = 0.11;
 const LEAST: f64 = 0.03;
-const CUT: &str = "snapkv,budget=128";
+const CUT: &str = "snapkv,budget=128,window=8";
 const TASKS: [&str; 3] = ["needle-keys", "lookup", "two-hop"];
 const WAYS: [&[&str]; 6] = [
     &[CUT],
