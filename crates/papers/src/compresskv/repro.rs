@@ -52,6 +52,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         format!("pyramidkv,budget={budget},window=8"),
         format!("random_kv,budget={budget},window=8"),
         format!("snapkv,budget={budget}"),
+        format!("h2o,budget={budget}"),
     ];
     let ways: Vec<Vec<&str>> = names
         .iter()
