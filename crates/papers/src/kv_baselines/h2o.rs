@@ -2,7 +2,8 @@
 //!
 //! # What it does
 //! A few rows, the heavy hitters, draw most of the attention of all later queries. Once the prompt is computed, the weights that its last
-//! `queries` queries give to every row are added up, and each KV head keeps its heaviest rows and the last `recent` ones, `budget` in all.
+//! `queries` queries give to every row are added up, and each KV head keeps its heaviest rows and the most recent
+//! ones, `budget` in all.
 //!
 //! # When it helps
 //! Where what mattered so far goes on to matter. It is the oldest policy that looks at weights, and a baseline in most papers since;
@@ -12,7 +13,7 @@
 //! 1. (Section 4 of the paper) The weights of each query over all rows, softmax per query head, are added up per row.
 //! 2. The sums of the query heads of a KV head are added; `score=mean` divides each by the number of queries that see the row, so that
 //!    late rows are not at a disadvantage.
-//! 3. The last `recent` rows stay, and of the others the `budget - recent` with the largest scores.
+//! 3. The last rows stay, `recent` of the budget, and of the others those with the largest scores.
 //!
 //! # Knobs
 //! `queries` of at least the prompt looks at all of it, as in the paper. A budget of at least the prompt changes nothing. Layers with a
@@ -60,11 +61,11 @@ static CARD: Card = Card {
         BUDGET,
         Knob {
             name: "recent",
-            kind: Kind::int(1, 1 << 20),
-            default: Preset::Int(256),
-            unit: "rows",
-            help: "Last rows that always stay; the others of the budget are heavy hitters",
-            source: "half of the budget, section 5",
+            kind: Kind::float(0.0, 1.0),
+            default: Preset::Float(0.5),
+            unit: "of the budget",
+            help: "Share of the budget that the last rows have; the rest goes to heavy hitters",
+            source: "section 5: half",
         },
         Knob {
             name: "queries",
@@ -95,15 +96,10 @@ impl Method for H2o {
     }
 
     fn install(&self, knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError> {
-        let (budget, recent) = (knobs.size("budget"), knobs.size("recent"));
-        if recent >= budget {
-            return Err(rig.senseless(format!(
-                "{recent} recent rows leave nothing of a budget of {budget}"
-            )));
-        }
+        let budget = knobs.size("budget");
         rig.set_cache_policy(Arc::new(Heavy {
             budget,
-            recent,
+            recent: (budget as f64 * knobs.float("recent")).round() as usize,
             queries: knobs.size("queries"),
             per_query: knobs.text("score") == "mean",
         }))

@@ -121,10 +121,15 @@ fn pyramidkv_keeps_what_its_reference_keeps() {
 
 #[test]
 fn h2o_keeps_what_its_reference_keeps() {
-    for (recent, score) in [(12, "sum"), (3, "sum"), (3, "mean"), (23, "mean")] {
+    for (share, recent, score) in [
+        (0.5, 12, "sum"),
+        (0.125, 3, "sum"),
+        (0.125, 3, "mean"),
+        (1.0, 24, "mean"),
+    ] {
         check(
             &H2o,
-            |s| format!("budget=24,recent={recent},queries={},score={score}", s.queries),
+            |s| format!("budget=24,recent={share},queries={},score={score}", s.queries),
             |group, _, _| h2o(group, 24, recent, score == "mean"),
         );
     }
@@ -140,7 +145,7 @@ fn h2o_sees_the_whole_prompt_also_in_blocks() {
         rows: 100,
         queries: 100,
     };
-    let policy = policy(&H2o, "budget=30,recent=10,queries=100", 1);
+    let policy = policy(&H2o, "budget=30,recent=0.33,queries=100", 1);
     for seed in 0..8 {
         let case = Case::random(seed, shape);
         let got = kept(policy.layer(&case.view(0)), 100, 2);
@@ -202,7 +207,7 @@ fn a_budget_that_fits_keeps_everything() {
     for (method, knobs) in [
         (&SnapKv as &'static dyn Method, "budget=61,window=8"),
         (&PyramidKv, "budget=61,window=8"),
-        (&H2o, "budget=61,recent=8"),
+        (&H2o, "budget=61,recent=0.1"),
     ] {
         let case = Case::random(1, SHAPES[0]);
         let got = kept(policy(method, knobs, 1).layer(&case.view(0)), 61, 2);
