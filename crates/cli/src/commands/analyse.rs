@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use antefix_lab::attention::{HeadSummary, summaries};
 use antefix_lab::heads::{
-    MaskCurve, NeedleRun, NeedleRuns, Pattern, Search, Subject, calibration, heat_map, masking, pattern,
-    retrieval,
+    Cut, MaskCurve, NeedleRun, NeedleRuns, Pattern, Search, Subject, calibration, eviction, heat_map,
+    masking, pattern, retrieval,
 };
 use antefix_models::tokenizer::Specials;
 use antefix_papers::act::sinks::Rule;
@@ -69,12 +69,12 @@ struct HeadsArgs {
     #[command(flatten)]
     run: RunArgs,
     /// What to look for
-    #[arg(long, value_parser = ["retrieval", "semantic", "induction", "echo", "sink", "previous", "act"])]
+    #[arg(long, value_parser = ["retrieval", "semantic", "induction", "echo", "sink", "previous", "act", "eviction"])]
     kind: String,
     /// Write the profile here; measurements that are in the file already are kept
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Needle runs; labelled examples for act
+    /// Needle runs; labelled examples for act; answers for eviction
     #[arg(long, default_value_t = 60)]
     runs: usize,
     /// Prompt lengths of the needle runs, tokens; for act the first counts
@@ -218,6 +218,7 @@ fn heads(args: &HeadsArgs) -> Result<(), Failure> {
     let tests = match args.kind.parse::<Pattern>() {
         _ if known => Vec::new(),
         Err(_) if args.kind == "act" => vec![calibrated(args, &subject)?],
+        Err(_) if args.kind == "eviction" => vec![evicted(args, &subject, &profile, &runs)?],
         Ok(kind) => {
             vec![
                 pattern(&subject, kind, args.segment, args.seed..args.seed + args.texts)
@@ -281,6 +282,27 @@ fn calibrated(args: &HeadsArgs, subject: &Subject) -> Result<HeadTest, Failure> 
     test.map_err(Failure::input)
 }
 
+/// What eviction costs each layer; the heads that vote are those of the profile.
+fn evicted(
+    args: &HeadsArgs,
+    subject: &Subject,
+    profile: &HeadProfile,
+    runs: &NeedleRuns,
+) -> Result<HeadTest, Failure> {
+    let Ok(semantic) = profile.test("semantic") else {
+        return Err(Failure::Input(anyhow!(
+            "the heads that vote are not known: no profile in --out with the measurement `semantic`\nhint: the same with --kind semantic \
+             first"
+        )));
+    };
+    let bar = bar(runs.runs, "answers");
+    let test = eviction(subject, runs, semantic, Cut::PAPER, &mut |done| {
+        bar.set_position(done as u64)
+    });
+    bar.finish_and_clear();
+    test.map_err(Failure::input)
+}
+
 fn needles(args: &HeadsArgs, subject: &Subject, runs: &NeedleRuns) -> Result<Vec<HeadTest>, Failure> {
     let mut done: Vec<NeedleRun> = Vec::new();
     let mut rows = None;
@@ -318,7 +340,11 @@ fn needles(args: &HeadsArgs, subject: &Subject, runs: &NeedleRuns) -> Result<Vec
 }
 
 fn report(args: &HeadsArgs, profile: &HeadProfile, test: &HeadTest) -> Result<(), Failure> {
-    let ranking = test.ranking();
+    let mut ranking = test.ranking();
+    if test.name == "eviction" {
+        // It is of layers: every head of one has the same.
+        ranking.retain(|r| r.head == 0);
+    }
     let over = |least: f32| ranking.iter().filter(|r| r.score >= least).count();
     if let Some(file) = &args.heat_map {
         let title = format!("{}: {}", profile.model, test.name);

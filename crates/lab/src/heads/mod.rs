@@ -1,6 +1,7 @@
 //! What the heads of a model do: measured on real runs, kept as a profile that methods choose heads by.
 
 mod calibration;
+mod eviction;
 mod mask;
 mod needles;
 mod patterns;
@@ -16,6 +17,7 @@ use antefix_papers::retrieval_heads::score::NoRuns;
 use crate::plot::{self, HeatMap, PlotError};
 
 pub use calibration::{Search, calibration};
+pub use eviction::{Cut, eviction};
 pub use mask::{MaskCurve, MaskPoint, masking};
 pub use needles::{NeedleRun, NeedleRuns, retrieval};
 pub use patterns::{Pattern, pattern};

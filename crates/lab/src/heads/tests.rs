@@ -194,3 +194,87 @@ fn masks_name_their_heads_and_random_ones_leave_the_best_out() {
         ]
     );
 }
+
+/// A measurement that ranks the heads of every layer from the last to the first.
+fn semantic(subject: &Subject) -> HeadTest {
+    let spec = subject.model.spec();
+    HeadTest {
+        name: "semantic".into(),
+        what: "made up".into(),
+        runs: 1,
+        accepted: 1,
+        tokens: [1, 1],
+        seed: 0,
+        score: vec![(0..spec.heads).map(|h| h as f32).collect(); spec.layers],
+        active: None,
+        half_spearman: None,
+    }
+}
+
+#[test]
+fn eviction_keeps_the_rows_of_the_reference_and_costs_nothing_where_all_stay() {
+    use antefix_papers::compresskv::reference;
+    let subject = subject(Arch::Llama);
+    let prompt = patterns::random_tokens(&subject, 200, 5);
+    let heads = subject.model.spec().heads;
+    let layers = subject.model.spec().layers;
+    let voters = vec![vec![heads - 1, 0]; layers];
+    let found = eviction::one(&subject, &prompt, Cut::PAPER, &voters).unwrap();
+    assert!(found.rows > 0 && found.sums.iter().all(|e| *e > 0.0), "{found:?}");
+    let rows = dense(&subject, &prompt);
+    for (layer, kept) in found.kept.iter().enumerate() {
+        // The last 8 rows of the two voters.
+        let window = |head: usize| -> Vec<Vec<f64>> {
+            let whole = |row: &Vec<f32>| {
+                let mut row: Vec<f64> = row.iter().map(|w| f64::from(*w)).collect();
+                row.resize(200, 0.0);
+                row
+            };
+            rows[layer][head][192..].iter().map(whole).collect()
+        };
+        let want = reference::keep(&[window(heads - 1), window(0)], 32, 5);
+        let got: Vec<usize> = kept.iter().map(|&r| r as usize).collect();
+        assert_eq!(got, want, "layer {layer}");
+    }
+    let all = Cut {
+        budget: 200,
+        ..Cut::PAPER
+    };
+    let none = eviction::one(&subject, &prompt, all, &voters).unwrap();
+    assert_eq!(none.rows, found.rows, "the answer is that of the whole cache");
+    for (none, some) in none.sums.iter().zip(&found.sums) {
+        // What is left is rounding: weights are computed again, in another order.
+        assert!(none * 20.0 < *some, "{none} beside {some}");
+    }
+}
+
+#[test]
+fn eviction_is_a_share_of_each_layer_and_layers_with_a_window_have_none() {
+    let subject = subject(Arch::Gemma3);
+    let runs = NeedleRuns {
+        lengths: vec![400],
+        depths: vec![0.5],
+        runs: 2,
+        seed: 1,
+    };
+    let mut seen = 0;
+    let test = eviction(&subject, &runs, &semantic(&subject), Cut::PAPER, &mut |n| {
+        seen = n
+    })
+    .unwrap();
+    assert_eq!((seen, test.runs, test.name.as_str()), (2, 2, "eviction"));
+    let spec = subject.model.spec();
+    let mut sum = 0.0;
+    for (layer, row) in test.score.iter().enumerate() {
+        assert!(row.iter().all(|e| *e == row[0]), "one value a layer");
+        assert_eq!(
+            row[0] > 0.0,
+            spec.layer_kinds[layer].window.is_none(),
+            "layer {layer}: {row:?}"
+        );
+        sum += row[0];
+    }
+    assert!((sum - 1.0).abs() < 1e-5, "{sum}");
+    let again = eviction(&subject, &runs, &semantic(&subject), Cut::PAPER, &mut |_| ()).unwrap();
+    assert_eq!(again, test, "the same seed, the same figures");
+}

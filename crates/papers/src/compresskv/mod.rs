@@ -14,8 +14,8 @@
 //!    `antefix analyse heads --kind semantic`, kept in a profile.
 //! 2. (3.2) At the end of the prompt, the weights of the last `window` queries of the chosen heads are summed, smoothed and averaged
 //!    over the heads; the best `cap - window` rows and the window stay, the same in every head of the layer.
-//! 3. (3.3) `cap` of a layer: 32 rows, and the rest of `budget * L` in proportion to the layer's eviction error, at most three times
-//!    the budget; uniform if the profile does not hold errors.
+//! 3. (3.3) `cap` of a layer: 32 rows, and the rest of `budget * L` in proportion to the layer's eviction error, which
+//!    `antefix analyse heads --kind eviction` measures, at most three times the budget; uniform if the profile does not hold errors.
 //!
 //! # Knobs
 //! A budget of at least the prompt changes nothing. Layers with a window of their own are left alone.
@@ -25,7 +25,7 @@
 //!
 //! # Differences from the paper
 //! The published comparison weakens SnapKV by averaging query heads of different KV heads; ours does not, so the gap is smaller here. Errors of
-//! layers (`eviction` in the profile) are read but not yet measured by a command of ours: without them budgets are uniform.
+//! layers are measured on the outputs of the heads, before the output matrix, and on needles instead of sixteen benchmarks.
 //!
 //! # References
 //! Lin et al., CompressKV: semantic retrieval heads know what tokens are not important before generation, 2025, arXiv 2508.02401.
@@ -138,7 +138,7 @@ impl Method for CompressKv {
 }
 
 /// The `count` heads with the largest scores, best first, ties to the lower head.
-fn best(scores: &[f32], count: usize) -> Vec<usize> {
+pub fn best(scores: &[f32], count: usize) -> Vec<usize> {
     let mut heads: Vec<usize> = (0..scores.len()).collect();
     heads.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
     heads.truncate(count);
