@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask new-paper SLUG` makes a folder and adds its lines here.
 
-use antefix_attention::method::Method;
+use antefix_attention::method::{Card, Method};
 
 use repro::Repro;
 
@@ -50,6 +50,9 @@ pub const ALL: &[&dyn Method] = &[
     // methods: last
 ];
 
+/// What always runs and no request chooses, in the order of the names. Listed beside [`ALL`].
+pub const ALWAYS: &[&Card] = &[&hydragen::CARD];
+
 /// The claims that `antefix repro` looks into, in the order of the names.
 pub const REPROS: &[&Repro] = &[
     // repros: first
@@ -68,6 +71,10 @@ pub const REPROS: &[&Repro] = &[
 /// Methods without a reproduction of their own, and why.
 pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ("h2o", "A baseline of `compresskv`."),
+    (
+        "hydragen",
+        "Its figures are those of the engine: `antefix bench --shared-prefix`, [results](../results.md).",
+    ),
     ("llama3_rope", "A baseline of `entropy_abf`."),
     ("ntk_aware", "A baseline of `entropy_abf`."),
     ("ntk_by_parts", "A baseline of `entropy_abf`."),

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use antefix_attention::method;
-use antefix_papers::{ALL, REPROS, WITHOUT_REPRO};
+use antefix_papers::{ALL, ALWAYS, REPROS, WITHOUT_REPRO};
 use serde_json::Value;
 
 fn root() -> PathBuf {
@@ -48,7 +48,8 @@ fn reproduction(name: &str, lines: &[Value]) -> String {
 
 #[test]
 fn every_card_is_in_order_and_every_name_is_there_once() {
-    let faults: Vec<String> = ALL.iter().flat_map(|m| m.card().faults()).collect();
+    let cards = ALL.iter().map(|m| m.card()).chain(ALWAYS.iter().copied());
+    let faults: Vec<String> = cards.flat_map(|card| card.faults()).collect();
     assert!(faults.is_empty(), "{}", faults.join("\n"));
     let names: Vec<&str> = ALL.iter().map(|m| m.card().name).collect();
     let sorted: BTreeSet<&str> = names.iter().copied().collect();
@@ -68,9 +69,8 @@ fn the_committed_pages_are_those_of_the_cards() {
         .lines()
         .map(|l| serde_json::from_str(l).expect("one object a line"))
         .collect();
-    let mut pages = vec![("README.md".to_string(), method::index(ALL))];
-    for m in ALL {
-        let card = m.card();
+    let mut pages = vec![("README.md".to_string(), method::index(ALL, ALWAYS))];
+    for card in ALL.iter().map(|m| m.card()).chain(ALWAYS.iter().copied()) {
         let source = fs::read_to_string(root().join(card.source)).expect(card.source);
         let page = method::page(card, &source).unwrap_or_else(|e| panic!("{e}"));
         let page = page + &reproduction(card.name, &lines);

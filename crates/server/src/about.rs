@@ -51,7 +51,7 @@ pub(crate) async fn model(
     Ok(Json(model_json(&app, &name)))
 }
 
-/// How attention can be computed: names for `method`, and their knobs.
+/// How attention can be computed: names for `method`, and their knobs. What has the axis `execution` always runs.
 #[utoipa::path(
     get,
     path = "/v1/methods",
@@ -63,7 +63,9 @@ pub(crate) async fn methods(State(app): Shared, _: Caller) -> Json<Value> {
         .offer
         .methods
         .iter()
-        .map(|m| method::card_json(m.card()))
+        .map(|m| m.card())
+        .chain(app.offer.always.iter().copied())
+        .map(method::card_json)
         .collect();
     Json(json!({"methods": cards}))
 }

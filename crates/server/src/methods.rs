@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antefix_attention::hooks::HookSpec;
-use antefix_attention::method::{Axis, Method, Profiles, Program, RawChoice, RawMethods, Rig, Trust, find};
+use antefix_attention::method::{
+    Axis, Card, Method, Profiles, Program, RawChoice, RawMethods, Rig, Trust, find,
+};
 use antefix_attention::method::{ChoiceError, DENSE, Facts};
 use antefix_engine::{Done, MethodReport};
 use serde::Deserialize;
@@ -19,6 +21,8 @@ use crate::{patience, traces};
 pub struct Offer {
     /// The methods that requests can choose from.
     pub methods: &'static [&'static dyn Method],
+    /// What always runs: listed, but not to be chosen.
+    pub always: &'static [&'static Card],
     /// Where their profiles lie.
     pub profiles: Profiles,
     /// What holds on the axes about which a request says nothing.

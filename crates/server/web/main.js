@@ -135,7 +135,7 @@ async function connect() {
   const line = $("connection");
   try {
     const [models, known] = await Promise.all([api.models(), api.methods()]);
-    methods = [{ name: "dense", summary: "Every key, every query: the model as it was trained.", knobs: [] }, ...known];
+    methods = [{ name: "dense", summary: "Every key, every query: the model as it was trained.", knobs: [] }, ...known.filter((m) => m.axis !== "execution")];
     $("model").replaceChildren(...models.map((m) => h("option", { value: m.id },
       m.context_length ? `${m.id} (${m.context_length.toLocaleString("en")} tokens)` : m.id)));
     $("method").replaceChildren(...methods.map((m) => h("option", { value: m.name }, m.name)));

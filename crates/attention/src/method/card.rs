@@ -19,10 +19,13 @@ pub enum Axis {
     Geometry,
     /// Which activations are read or edited.
     Hooks,
+    /// How the engine computes whatever was asked for: what stands here always runs, and no request chooses it.
+    #[serde(skip_deserializing)]
+    Execution,
 }
 
 impl Axis {
-    /// All of them, in the order of the documentation.
+    /// Those on which a request chooses, in the order of the documentation.
     pub const ALL: [Self; 6] = [
         Self::Prefill,
         Self::Decode,
@@ -41,10 +44,11 @@ impl Axis {
             Self::Context => "context",
             Self::Geometry => "geometry",
             Self::Hooks => "hooks",
+            Self::Execution => "execution",
         }
     }
 
-    /// The axis of this name.
+    /// The axis of this name, of those on which a request chooses.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|axis| axis.name() == name)
     }

@@ -162,8 +162,8 @@ fn knob_table(card: &Card) -> String {
     table
 }
 
-/// The list of all methods, by axis.
-pub fn index(methods: &[&dyn Method]) -> String {
+/// The list of all methods, by axis, and of what `always` runs.
+pub fn index(methods: &[&dyn Method], always: &[&Card]) -> String {
     let mut page = String::from(
         "# Methods\n\nA request chooses at most one method on each axis: `--method NAME[,knob=value...]` on the command line, \
          `\"antefix\": {\"AXIS\": \"NAME,knob=value\"}` over HTTP.\n",
@@ -181,14 +181,21 @@ pub fn index(methods: &[&dyn Method]) -> String {
             page,
             "\n## {axis}\n\n| method | what it does | exact | paper |\n|---|---|---|---|"
         );
-        for c in cards {
-            let exact = if c.exact { "yes" } else { "no" };
-            let _ = writeln!(
-                page,
-                "| [{}]({}.md) | {} | {exact} | {}, {} |",
-                c.name, c.name, c.summary, c.paper.reference, c.paper.year
-            );
-        }
+        cards.for_each(|c| line(&mut page, c));
+    }
+    if !always.is_empty() {
+        page += "\n## Always\n\nHow the engine computes whatever was asked for. There is nothing to choose.\n\n\
+                 | method | what it does | exact | paper |\n|---|---|---|---|\n";
+        always.iter().for_each(|c| line(&mut page, c));
     }
     page
+}
+
+fn line(page: &mut String, c: &Card) {
+    let exact = if c.exact { "yes" } else { "no" };
+    let _ = writeln!(
+        page,
+        "| [{}]({}.md) | {} | {exact} | {}, {} |",
+        c.name, c.name, c.summary, c.paper.reference, c.paper.year
+    );
 }

@@ -246,5 +246,6 @@ fn a_page_has_the_card_and_the_fixed_headings() {
     );
     assert!(page(&STRETCH, "//! # Steps\n").unwrap_err().contains("headings"));
     assert_eq!(card_json(&STRETCH)["knobs"][0]["default"], 2.0);
-    assert!(index(KNOWN).contains("[stretch](stretch.md)"));
+    let page = index(KNOWN, &[KNOWN[0].card()]);
+    assert!(page.contains("[stretch](stretch.md)") && page.contains("\n## Always\n"));
 }

@@ -1,7 +1,7 @@
-//! `antefix methods`: what a request can choose.
+//! `antefix methods`: what a request can choose, and what always runs.
 
-use antefix_attention::method::{Card, card_json, find};
-use antefix_papers::ALL;
+use antefix_attention::method::{Axis, Card, card_json, find};
+use antefix_papers::{ALL, ALWAYS};
 
 use super::{json_line, line};
 use crate::failure::Failure;
@@ -17,8 +17,15 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let cards: Vec<&Card> = match &args.name {
-        Some(name) => vec![find(ALL, name).map_err(Failure::input)?.card()],
-        None => ALL.iter().map(|m| m.card()).collect(),
+        Some(name) => match ALWAYS.iter().find(|card| card.name == name) {
+            Some(card) => vec![card],
+            None => vec![find(ALL, name).map_err(Failure::input)?.card()],
+        },
+        None => ALL
+            .iter()
+            .map(|m| m.card())
+            .chain(ALWAYS.iter().copied())
+            .collect(),
     };
     if args.json {
         return cards.into_iter().try_for_each(|card| json_line(&card_json(card)));
@@ -29,8 +36,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let width = cards.iter().map(|c| c.name.len()).max().unwrap_or(0);
     for card in cards {
         line(format_args!(
-            "{:width$}  {:8}  {}",
-            card.name, card.axis, card.summary
+            "{:width$}  {:9}  {}",
+            card.name,
+            card.axis.name(),
+            card.summary
         ))?;
     }
     line("\nantefix methods NAME says more; --method NAME[,knob=value...] chooses one")
@@ -39,7 +48,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn describe(card: &Card) -> Result<(), Failure> {
     let paper = &card.paper;
     line(format_args!("{} ({})\n{}", card.title, card.name, card.summary))?;
-    line(format_args!("axis    {}", card.axis))?;
+    match card.axis {
+        Axis::Execution => line("axis    none: it always runs")?,
+        axis => line(format_args!("axis    {axis}"))?,
+    }
     line(format_args!(
         "exact   {}",
         if card.exact { "yes, bit for bit" } else { "no" }

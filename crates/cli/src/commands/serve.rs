@@ -366,6 +366,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         keys: settings.keys,
         offer: Offer {
             methods: antefix_papers::ALL,
+            always: antefix_papers::ALWAYS,
             profiles: crate::method::profiles()?,
             defaults: settings.methods,
         },

@@ -16,7 +16,10 @@
 //! 3. (3.3) In a tree every vertex takes the rows of all its descendants, and a row's parts are its path from the root.
 //!
 //! Nothing is asked of the user: `antefix_attention::Sharing` finds the tree in the pages that the sequences of a step hold, at any depth
-//! and with any fan-out, and every step of the engine runs along it. So there is nothing to choose, and no knob.
+//! and with any fan-out, and every step of the engine runs along it.
+//!
+//! # Knobs
+//! There is nothing to choose: it always runs, and no request can name it.
 //!
 //! # Cost
 //! One log-sum-exp and one merge for each row and 1,024 positions. A layer of `B` rows behind `P` tokens reads `P` keys instead of `B P`
@@ -32,7 +35,29 @@
 //! # References
 //! Juravsky et al., Hydragen: High-Throughput LLM Inference with Shared Prefixes, ICML 2024, arXiv 2402.05099.
 
+use antefix_attention::method::{Axis, Card, Paper};
+
 pub mod reference;
 pub mod repro;
 #[cfg(test)]
 mod tests;
+
+/// What it is. It is no method of a request: see [`crate::ALWAYS`].
+pub static CARD: Card = Card {
+    name: "hydragen",
+    title: "Hydragen",
+    axis: Axis::Execution,
+    exact: true,
+    summary: "Rows that share a prefix attend to it together: its keys and values are read once, not once a row.",
+    paper: Paper {
+        title: "Hydragen: High-Throughput LLM Inference with Shared Prefixes",
+        authors: "Juravsky et al.",
+        year: 2024,
+        reference: "arXiv 2402.05099",
+    },
+    knobs: &[],
+    query_dependent: false,
+    needs: &[],
+    neutral: None,
+    source: file!(),
+};

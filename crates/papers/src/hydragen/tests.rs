@@ -181,6 +181,16 @@ fn shapes() -> Vec<Shape> {
 }
 
 #[test]
+fn its_card_is_complete_and_no_request_can_choose_it() {
+    use antefix_attention::method::{Axis, RawMethods};
+    antefix_conformance::method::card_and_page_are_complete(&super::CARD);
+    assert_eq!(Axis::named(super::CARD.axis.name()), None);
+    assert!(RawMethods::default().add(crate::ALL, "hydragen").is_err());
+    let by_axis = r#"{"execution": "hydragen"}"#;
+    assert!(serde_json::from_str::<RawMethods>(by_axis).is_err());
+}
+
+#[test]
 fn the_engine_computes_the_papers_attention() {
     for (kv_heads, rep, dim) in [(1, 4, 256), (2, 7, 64), (3, 3, 64), (1, 1, 128)] {
         for dtype in [KvDtype::F32, KvDtype::Bf16] {

@@ -36,6 +36,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
         keys: Vec::new(),
         offer: Offer {
             methods: antefix_papers::ALL,
+            always: antefix_papers::ALWAYS,
             ..Offer::default()
         },
         analysis: None,
