@@ -218,7 +218,7 @@ fn heads(args: &HeadsArgs) -> Result<(), Failure> {
     let tests = match args.kind.parse::<Pattern>() {
         _ if known => Vec::new(),
         Err(_) if args.kind == "act" => vec![calibrated(args, &subject)?],
-        Err(_) if args.kind == "eviction" => vec![evicted(args, &subject, &profile, &runs)?],
+        Err(_) if args.kind == "eviction" => vec![evicted(&subject, &profile, &runs)?],
         Ok(kind) => {
             vec![
                 pattern(&subject, kind, args.segment, args.seed..args.seed + args.texts)
@@ -283,12 +283,7 @@ fn calibrated(args: &HeadsArgs, subject: &Subject) -> Result<HeadTest, Failure> 
 }
 
 /// What eviction costs each layer; the heads that vote are those of the profile.
-fn evicted(
-    args: &HeadsArgs,
-    subject: &Subject,
-    profile: &HeadProfile,
-    runs: &NeedleRuns,
-) -> Result<HeadTest, Failure> {
+fn evicted(subject: &Subject, profile: &HeadProfile, runs: &NeedleRuns) -> Result<HeadTest, Failure> {
     let Ok(semantic) = profile.test("semantic") else {
         return Err(Failure::Input(anyhow!(
             "the heads that vote are not known: no profile in --out with the measurement `semantic`\nhint: the same with --kind semantic \
