@@ -71,10 +71,6 @@ pub const REPROS: &[&Repro] = &[
 /// Methods without a reproduction of their own, and why.
 pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ("h2o", "A baseline of `compresskv`."),
-    (
-        "hydragen",
-        "Its figures are those of the engine: `antefix bench --shared-prefix`, [results](../results.md).",
-    ),
     ("llama3_rope", "A baseline of `entropy_abf`."),
     ("ntk_aware", "A baseline of `entropy_abf`."),
     ("ntk_by_parts", "A baseline of `entropy_abf`."),
