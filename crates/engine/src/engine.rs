@@ -12,6 +12,7 @@ use antefix_models::decoder::{Extra, ForwardError, Input, Model, Scratch};
 use antefix_models::tokenizer::{StreamDecoder, Tokenizer};
 use antefix_state::PAGE_ROWS;
 
+use crate::again::Again;
 use crate::cache::{Asking, Cache, CacheOptions, CacheStats, PinError, Whereabouts};
 use crate::course::{Course, MethodReport, Undecided};
 use crate::job::{Job, JobError, Pooling};
@@ -209,9 +210,27 @@ impl Seq {
         self.kv.done()
     }
 
-    /// Tokens that can be computed before its cache policy decides again.
+    /// Tokens that can be computed before its cache policy decides again. The last of the prompt ends a step: those behind it were drawn.
     fn pending(&self) -> usize {
-        self.tokens.len().min(self.course.border()) - self.done()
+        let known = match self.drawn() {
+            true => self.tokens.len(),
+            false => self.prompt,
+        };
+        known.min(self.course.border()) - self.done()
+    }
+
+    /// How many of its tokens may come from the cache: not the last, whose logits are needed, nor drawn ones if they are told `apart`.
+    fn findable(&self, apart: bool) -> usize {
+        let known = self.tokens.len() - 1;
+        self.course.cacheable(match apart {
+            true => known.min(self.prompt),
+            false => known,
+        })
+    }
+
+    /// Whether its next rows are of drawn tokens.
+    fn drawn(&self) -> bool {
+        self.done() >= self.prompt
     }
 
     /// Whether it writes its answer: what is to be computed is the token drawn last and those that its constraint put behind it. A
@@ -236,6 +255,7 @@ impl Seq {
             tokens: &self.tokens[from..from + part.tokens],
             kv: &self.kv.tail,
             logits: self.wanted(part.tokens),
+            drawn: self.drawn(),
             extra: Extra {
                 hooks: self.job.hooks.as_deref(),
                 ..self.course.extra(&self.kv)
@@ -307,6 +327,7 @@ pub struct Engine {
     /// By how much deadlines are nearer than the clock says.
     ahead: Duration,
     pace: Pace,
+    again: Again,
     pub(crate) scratch: Scratch,
     logits: Vec<f32>,
     masked: Vec<f32>,
@@ -339,6 +360,7 @@ impl Engine {
             panicked: 0,
             ahead: Duration::ZERO,
             pace,
+            again: Again::default(),
             scratch: Scratch::default(),
             logits: Vec::new(),
             masked: Vec::new(),
@@ -362,7 +384,7 @@ impl Engine {
     /// The same engine, caching as `options` say. What was cached before is forgotten.
     #[must_use]
     pub fn with_cache(mut self, options: CacheOptions) -> Self {
-        self.cache.clear(&mut self.pool);
+        self.clear_cache();
         self.cache = Cache::new(self.model.spec(), options);
         self
     }
@@ -431,10 +453,18 @@ impl Engine {
         self.cache.unpin(tokens, salt)
     }
 
-    /// What else is to be done when no request is there: blocks go to the tiers, old ones are forgotten. Returns after how long
-    /// there may be more to do.
+    /// What else is to be done when no request is there: answers become prefixes for the next turn, blocks go to the tiers, old ones
+    /// are forgotten. Returns after how long there may be more to do.
     pub fn tend_cache(&mut self) -> Duration {
         self.cache.work(&mut self.pool);
+        if !self.again.is_done() {
+            let place = (&mut self.pool, &mut self.cache);
+            // A text that the model fails on costs a later request its hit, no more.
+            let _ = self.again.work(&self.model, place, &mut self.scratch);
+            if !self.again.is_done() {
+                return Duration::ZERO;
+            }
+        }
         self.cache.next_work()
     }
 
@@ -443,6 +473,13 @@ impl Engine {
         let stored = self.store_cache(patience);
         self.cache.close();
         stored
+    }
+
+    /// Makes the answers given so far prefixes for a next turn: [`Engine::tend_cache`] does so bit by bit.
+    pub fn keep_answers(&mut self) {
+        while self.is_idle() && !self.again.is_done() {
+            self.tend_cache();
+        }
     }
 
     /// Stores in the tiers whatever is cached, and waits for it at most for `patience`; `false` if that was not enough, or a tier
@@ -540,6 +577,7 @@ impl Engine {
 
     /// Forgets every cached prefix in memory, pinned ones as well; tiers keep theirs.
     pub fn clear_cache(&mut self) {
+        self.again.clear(&mut self.pool);
         self.cache.clear(&mut self.pool);
     }
 
@@ -554,6 +592,7 @@ impl Engine {
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<StepReport, EngineError> {
         self.cache.work(&mut self.pool);
         self.expire(events);
+        self.again.pause(&mut self.pool, &mut self.cache);
         self.admit(events)?;
         if self.running.is_empty() {
             self.cache.wait_for_block();
@@ -583,6 +622,7 @@ impl Engine {
         let mut rows = logits.chunks_exact(self.model.spec().vocab);
         let mut ended: Vec<(SeqId, Done)> = computed.panicked.iter().map(|&id| (id, Done::Failed)).collect();
         let mut deciding = Vec::new();
+        let apart = self.model.tells_drawn_apart();
         for (at, part, wanted) in computed.parts {
             let seq = &mut self.running[at];
             *(if seq.decoding() {
@@ -600,7 +640,8 @@ impl Engine {
             }
             if done >= seq.course.border() {
                 if !seq.job.no_cache {
-                    keep_prefix(&mut self.cache, &mut self.pool, seq, done);
+                    let reusable = if apart { done.min(seq.prompt) } else { done };
+                    keep_prefix(&mut self.cache, &mut self.pool, seq, reusable);
                 }
                 deciding.push(seq.id);
             }
@@ -646,7 +687,10 @@ impl Engine {
             let at = self.running.iter().position(|s| s.id == p.id)?;
             like(&self.running[at].job).then_some((at, *p))
         };
-        parts.iter().filter_map(position).collect()
+        let mut parts: Vec<(usize, Part)> = parts.iter().filter_map(position).collect();
+        // As the model wants them.
+        parts.sort_by_key(|(at, _)| !self.running[*at].drawn());
+        parts
     }
 
     /// Runs those of `parts` that want a vector of their prompt: the output matrix, most of a small model, is not applied.
@@ -745,7 +789,7 @@ impl Engine {
             let mut kv = match seq.job.no_cache || seq.job.recompute() {
                 true => SeqKv::new(self.pool.shape()),
                 false => {
-                    let known = &seq.tokens[..seq.course.cacheable(known - 1)];
+                    let known = &seq.tokens[..seq.findable(self.model.tells_drawn_apart())];
                     self.cache.lookup(&mut self.pool, known, seq.job.salt)
                 }
             };
@@ -836,7 +880,7 @@ impl Engine {
         for seq in self.waiting.iter_mut().filter(|s| !s.looked_below) {
             let asking = Asking {
                 id: seq.id,
-                tokens: &seq.tokens[..seq.course.cacheable(seq.tokens.len() - 1)],
+                tokens: &seq.tokens[..seq.findable(self.model.tells_drawn_apart())],
                 salt: seq.job.salt,
                 keep: seq.job.keep,
             };
@@ -920,10 +964,19 @@ impl Engine {
         Ok(())
     }
 
+    /// How many of its computed tokens are what another request's prompt would be: not the drawn ones where those differ.
+    fn reusable(&self, seq: &Seq) -> usize {
+        match self.model.tells_drawn_apart() {
+            true => seq.done().min(seq.prompt),
+            false => seq.done(),
+        }
+    }
+
     fn preempt(&mut self, at: usize) {
         let mut seq = self.running.remove(at);
         if !seq.job.no_cache {
-            keep_prefix(&mut self.cache, &mut self.pool, &seq, seq.done());
+            let reusable = self.reusable(&seq);
+            keep_prefix(&mut self.cache, &mut self.pool, &seq, reusable);
         }
         let kv = std::mem::replace(&mut seq.kv, SeqState::new(self.pool.shape()));
         kv.release(&mut self.pool);
@@ -937,7 +990,7 @@ impl Engine {
     }
 
     fn prefix_in_flight(&self, seq: &Seq) -> bool {
-        let known = &seq.tokens[..seq.tokens.len() - 1];
+        let known = &seq.tokens[..seq.findable(self.model.tells_drawn_apart())];
         let computing = self
             .running
             .iter()
@@ -976,16 +1029,23 @@ impl Engine {
                 }
             }
         };
+        let method = seq.course.report(&self.pool, &seq.kv).map(Box::new);
+        let plain = method.is_none() && seq.job.hooks.is_none();
         events.push(Event::End {
             id: seq.id,
             done,
             text,
             usage: seq.usage(),
-            method: seq.course.report(&self.pool, &seq.kv).map(Box::new),
+            method,
         });
         // The answer is the start of the next turn's prompt.
         if done != Done::Failed && seq.done() >= seq.prompt && !seq.job.no_cache {
-            keep_prefix(&mut self.cache, &mut self.pool, &seq, seq.done());
+            let reusable = self.reusable(&seq);
+            keep_prefix(&mut self.cache, &mut self.pool, &seq, reusable);
+            if reusable < seq.done() && plain {
+                let known = &seq.tokens[..seq.done()];
+                self.again.note(known, seq.prompt, seq.job.salt, seq.job.keep);
+            }
         }
         self.cache.take_loaded(&mut self.pool, seq.id);
         seq.kv.release(&mut self.pool);

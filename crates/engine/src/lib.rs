@@ -2,6 +2,7 @@
 //!
 //! The engine never blocks and owns no thread: [`Engine::step`] runs one batch and reports what happened through events.
 
+mod again;
 mod cache;
 mod constraint;
 mod course;

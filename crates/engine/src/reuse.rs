@@ -357,6 +357,7 @@ impl Library<'_> {
                 tokens: step,
                 kv: tail,
                 logits: 0,
+                drawn: false,
                 extra: Extra {
                     pos_base: base,
                     context: Some(context),

@@ -113,6 +113,29 @@ impl Session {
     /// # Errors
     /// When the context is full or a token is not in the vocabulary.
     pub fn feed(&mut self, tokens: &[u32], wanted: usize, logits: &mut Vec<f32>) -> Result<(), EngineError> {
+        self.compute(tokens, false, wanted, logits)
+    }
+
+    /// As [`Session::feed`], for tokens that the model drew: with the products that an answer is computed with.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn feed_drawn(
+        &mut self,
+        tokens: &[u32],
+        wanted: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        self.compute(tokens, true, wanted, logits)
+    }
+
+    fn compute(
+        &mut self,
+        tokens: &[u32],
+        drawn: bool,
+        wanted: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
         self.pool.reserve(&mut self.kv, tokens.len())?;
         let first_wanted = tokens.len() - wanted.min(tokens.len());
         for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
@@ -121,6 +144,7 @@ impl Session {
                 tokens: chunk,
                 kv: &self.kv,
                 logits: end.saturating_sub(first_wanted.max(end - chunk.len())),
+                drawn,
                 extra: Extra {
                     hooks: self.hooks.as_deref(),
                     angles: self.angles.as_deref(),

@@ -1,6 +1,6 @@
 //! Speed of the matrix products: `cargo run --release -p antefix-kernels --example matmul_bench [threads] [format] [n] [k] [rows]`.
 //!
-//! Weights are random bytes, floats between 1 and 2. Many rows: 10^9 multiply-adds a second. One row: packed bytes a second, cycling through copies that
+//! Weights are random bytes, floats between 1 and 2. Many rows, quantised and in bf16: 10^9 multiply-adds a second. One row: packed bytes a second, cycling through copies that
 //! together exceed the last cache. Best of several runs, because other work may share the machine; with one thread, time is that
 //! thread's CPU time for the same reason.
 #![allow(clippy::print_stdout, clippy::unwrap_used, unsafe_code, missing_docs)]
@@ -46,8 +46,8 @@ fn main() {
     let cpu = Cpu::from_env().unwrap();
     println!("path {}, {threads} threads", cpu.path());
     println!(
-        "{:>6} {:>12} {:>10} {:>10} {:>10}",
-        "format", "n x k", "GMAC/s", "GB/s", "pack GB/s"
+        "{:>6} {:>12} {:>10} {:>10} {:>10} {:>10}",
+        "format", "n x k", "int8", "bf16", "GB/s", "pack GB/s"
     );
     let formats = [
         Format::Q4_1,
@@ -86,10 +86,30 @@ fn main() {
             let x: Vec<f32> = (0..rows * k).map(|i| (i as f32 * 0.37).sin()).collect();
             let mut y = vec![0.0; rows * n];
             let mut acts = Acts::new();
-            let many = best(threads, if n > 10_000 { 3 } else { 20 }, || {
-                acts.load(&x, rows, k);
-                matmul(cpu, &team, &mut acts, &w, &mut y);
+            let [int8, bf16] = [
+                if std::env::var("ONLY").is_ok() {
+                    Some(0)
+                } else {
+                    None
+                },
+                Some(0),
+            ]
+            .map(|int8_rows| {
+                acts.set_int8_rows(int8_rows);
+                best(
+                    threads,
+                    if n > 10_000 {
+                        3
+                    } else {
+                        std::env::var("RUNS").map_or(20, |v| v.parse().unwrap())
+                    },
+                    || {
+                        acts.load(&x, rows, k);
+                        matmul(cpu, &team, &mut acts, &w, &mut y);
+                    },
+                )
             });
+            acts.set_int8_rows(None);
             let copies: Vec<Matrix> = (0..=(128 << 20) / w.bytes()).map(|_| pack()).collect();
             let one = best(threads, 5, || {
                 acts.load(&x[..k], 1, k);
@@ -98,10 +118,11 @@ fn main() {
                 }
             });
             println!(
-                "{:>6} {:>12} {:>10.1} {:>10.1} {:>10.2}",
+                "{:>6} {:>12} {:>10.1} {:>10.1} {:>10.1} {:>10.2}",
                 format.name(),
                 format!("{n} x {k}"),
-                (rows * n * k) as f64 / many / 1e9,
+                (rows * n * k) as f64 / int8 / 1e9,
+                (rows * n * k) as f64 / bf16 / 1e9,
                 (copies.len() * w.bytes()) as f64 / one / 1e9,
                 bytes.len() as f64 / packing / 1e9,
             );

@@ -139,7 +139,7 @@ pub fn decode(model: &Arc<Model>, n: usize, depth: usize, repeats: usize) -> Res
     session.feed(&tokens[..=depth], 0, &mut logits)?;
     let mut step = |session: &mut Session, i: usize| {
         logits.clear();
-        session.feed(&tokens[depth + 1 + i..][..1], 1, &mut logits)
+        session.feed_drawn(&tokens[depth + 1 + i..][..1], 1, &mut logits)
     };
     for i in 0..4 {
         step(&mut session, i)?;

@@ -338,6 +338,7 @@ impl Bench {
                 tokens: step,
                 kv: &state.tail,
                 logits: if logits.is_some() { step.len() } else { 0 },
+                drawn: false,
                 extra: Extra::of(state),
             };
             let mut nothing = Vec::new();

@@ -59,6 +59,7 @@ impl Bench {
             tokens,
             kv: tail,
             logits: 1,
+            drawn: false,
             extra,
         };
         let mut logits = Vec::new();

@@ -98,6 +98,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
                 out.flush()
             })?;
             writeln!(out)?;
+            engine.keep_answers();
             Ok(said)
         };
         let mut turn = turn;

@@ -39,6 +39,7 @@ pub fn identity(model: &Model) -> Result<Identity, IdentityError> {
         tokens: &tokens,
         kv: &kv,
         logits: 1,
+        drawn: false,
         extra: Extra::default(),
     };
     let mut logits = Vec::new();

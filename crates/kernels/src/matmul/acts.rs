@@ -1,4 +1,4 @@
-//! Activations: as they are, and quantised to int8 in blocks of 32.
+//! Activations: as they are, quantised to int8 in blocks of 32, and rounded to bf16.
 
 use std::ops::Range;
 
@@ -60,16 +60,29 @@ impl Form {
 #[repr(C, align(64))]
 struct Line([i8; 64]);
 
+/// A tile of bf16: 16 rows of 32 values.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Tile(pub(crate) [[u16; BLOCK]; TILE]);
+
 /// Reusable activations `[rows, k]`, the left side of every product.
 ///
 /// Quantised on first use after the values came or changed: per row and block of 32, `d = amax / 127`,
 /// `q = round_half_even(x * (127 / amax))`. A block with a value that is not finite gets `d = NaN`, so the product shows it; one whose
 /// values are all below 1e-36 counts as zeros.
+///
+/// Rows behind those of [`Acts::set_int8_rows`] are rounded to bf16 instead, on CPUs with bf16 tiles.
 #[derive(Debug, Default)]
 pub struct Acts {
     rows: usize,
     k: usize,
     x: Vec<f32>,
+    /// How many rows are to be quantised: all unless something else was asked for.
+    int8_rows: Option<usize>,
+    /// The rows behind those, `[tiles][blocks]`, rows past the last zero.
+    bf16: Vec<Tile>,
+    /// Whether `bf16` holds the values of `x`.
+    rounded: bool,
     form: Form,
     /// 32 of each slot.
     q: Vec<Line>,
@@ -94,13 +107,13 @@ impl Acts {
         assert_eq!(x.len(), rows * k, "activations: {rows} x {k} values expected");
         self.x.clear();
         self.x.extend_from_slice(x);
-        (self.rows, self.k, self.form) = (rows, k, Form::None);
+        self.changed(rows, k);
     }
 
     /// Lets `f(row index, row)` write `rows` rows of `k` values, by the team when there are many. Quantises nothing yet.
     pub fn fill(&mut self, team: &Team, rows: usize, k: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         self.x.resize(rows * k, 0.0);
-        (self.rows, self.k, self.form) = (rows, k, Form::None);
+        self.changed(rows, k);
         team.per_row(&mut self.x, k, f);
     }
 
@@ -108,13 +121,35 @@ impl Acts {
     pub fn swap(&mut self, x: &mut Vec<f32>, rows: usize, k: usize) {
         assert_eq!(x.len(), rows * k, "activations: {rows} x {k} values expected");
         std::mem::swap(&mut self.x, x);
-        (self.rows, self.k, self.form) = (rows, k, Form::None);
+        self.changed(rows, k);
     }
 
     /// The values as loaded, to be changed.
     pub fn x_mut(&mut self) -> &mut [f32] {
-        self.form = Form::None;
+        self.changed(self.rows, self.k);
         &mut self.x
+    }
+
+    /// Of the rows loaded from now on, only the first `rows` are quantised to int8; all others meet quantised weights in bf16, on CPUs with
+    /// bf16 tiles. That is faster and closer to f32 for many rows, and slower for few. `None`: all are quantised.
+    ///
+    /// The bits of a product depend on which of the two its row was, so the choice must follow from what the row *is*.
+    pub fn set_int8_rows(&mut self, rows: Option<usize>) {
+        self.int8_rows = rows;
+        self.changed(self.rows, self.k);
+    }
+
+    fn changed(&mut self, rows: usize, k: usize) {
+        (self.rows, self.k) = (rows, k);
+        (self.form, self.rounded) = (Form::None, false);
+    }
+
+    /// How many rows are quantised: those behind them are rounded to bf16.
+    pub(crate) fn int8_rows(&self, cpu: Cpu) -> usize {
+        match (self.int8_rows, cpu.path()) {
+            (Some(rows), Path::Amx) => rows.min(self.rows),
+            _ => self.rows,
+        }
     }
 
     /// Rows loaded.
@@ -148,7 +183,7 @@ impl Acts {
         if self.form == form || (self.form == Form::Wide && form == Form::Rows) {
             return;
         }
-        let (rows, k, blocks) = (self.rows, self.k, self.blocks());
+        let (rows, k, blocks) = (self.int8_rows(cpu), self.k, self.blocks());
         debug_assert!(k.is_multiple_of(BLOCK));
         let slots = form.slots(rows, blocks);
         self.q.resize((slots * BLOCK).div_ceil(64), Line([0; 64]));
@@ -174,18 +209,62 @@ impl Acts {
             sum: [Shared::new(sum1.as_mut_ptr()), Shared::new(sum2.as_mut_ptr())],
             sx: [Shared::new(sx1.as_mut_ptr()), Shared::new(sx2.as_mut_ptr())],
         };
-        if rows * k < 1 << 15 {
-            job.run(cpu, 0..slots / blocks);
-        } else {
-            // Rows in groups of about 16 Ki values, so that a task is worth handing out; whole tiles.
-            let group = (1usize << 14).div_ceil(k).next_multiple_of(TILE);
-            let all = slots / blocks;
-            team.run(all.div_ceil(group), &|t| {
-                job.run(cpu, t * group..all.min((t + 1) * group));
-            });
-        }
+        in_groups(team, slots / blocks, k, &|rows| job.run(cpu, rows));
         self.form = form;
     }
+
+    /// The tiles of the rows that are not quantised, and which row is the first of them.
+    pub(crate) fn bf16(&self, cpu: Cpu) -> (&[Tile], usize) {
+        (&self.bf16, self.int8_rows(cpu))
+    }
+
+    /// Rounds the rows that are not quantised unless that is done.
+    pub(crate) fn round(&mut self, cpu: Cpu, team: &Team) {
+        if std::mem::replace(&mut self.rounded, true) {
+            return;
+        }
+        let (first, k, blocks) = (self.int8_rows(cpu), self.k, self.blocks());
+        let tiles = (self.rows - first).div_ceil(TILE);
+        self.bf16.resize(tiles * blocks, Tile([[0; BLOCK]; TILE]));
+        let (x, to) = (&self.x[first * k..], Shared::new(self.bf16.as_mut_ptr()));
+        in_groups(team, tiles * TILE, k, &|rows| {
+            for r in rows {
+                // SAFETY: the row's tiles are inside the vector, and this call alone writes row `r % TILE` of them.
+                let line = |b: usize| unsafe { &mut (*to.get().add(r / TILE * blocks + b)).0[r % TILE] };
+                match x.get(r * k..(r + 1) * k) {
+                    Some(x) => round_row(cpu, x, line),
+                    None => (0..blocks).for_each(|b| *line(b) = [0; BLOCK]),
+                }
+            }
+        });
+    }
+}
+
+/// Calls `f` with ranges of `rows` rows of `k` values: whole tiles, about 16 Ki values each, so that one is worth handing out.
+fn in_groups(team: &Team, rows: usize, k: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
+    if rows * k < 1 << 15 {
+        return f(0..rows);
+    }
+    let group = (1usize << 14).div_ceil(k).next_multiple_of(TILE);
+    team.run(rows.div_ceil(group), &|t| f(t * group..rows.min((t + 1) * group)));
+}
+
+/// Rounds a row to bf16, block by block to where `line` says: nearest, halves to even; denormals become zero.
+fn round_row<'a>(cpu: Cpu, x: &[f32], line: impl Fn(usize) -> &'a mut [u16; BLOCK]) {
+    for (b, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+        match cpu.path() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `cpu` proves AVX-512 with BF16.
+            Path::Amx => unsafe { fast::bf16(x, line(b)) },
+            _ => *line(b) = x.map(to_bf16),
+        }
+    }
+}
+
+/// `x` as bf16, as `vcvtne2ps2bf16` rounds it.
+pub(crate) fn to_bf16(x: f32) -> u16 {
+    let flushed = if x.is_subnormal() { 0.0f32.copysign(x) } else { x };
+    half::bf16::from_f32(flushed).to_bits()
 }
 
 /// Rows to quantise. The vectors behind the pointers have room for all slots of `form`.
@@ -268,7 +347,18 @@ impl Job<'_> {
 
 #[cfg(target_arch = "x86_64")]
 mod fast {
-    use super::{Job, Range};
+    use std::arch::x86_64::{_mm512_cvtne2ps_pbh, _mm512_loadu_ps};
+
+    use super::{BLOCK, Job, Range};
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn bf16(x: &[f32; BLOCK], to: &mut [u16; BLOCK]) {
+        // SAFETY: 32 floats are there; both types are 64 bytes of plain bits.
+        *to = unsafe {
+            let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
+            std::mem::transmute::<std::arch::x86_64::__m512bh, [u16; BLOCK]>(_mm512_cvtne2ps_pbh(high, low))
+        };
+    }
 
     #[target_feature(enable = "avx2")]
     pub(super) fn avx2(job: &Job<'_>, rows: Range<usize>) {

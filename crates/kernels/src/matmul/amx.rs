@@ -122,7 +122,7 @@ thread_local! {
 /// The CPU has AVX-512 with VNNI and AMX-INT8, and the process may use the tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(crate) unsafe fn run(task: &Task<'_>) {
-    if task.acts.rows() < LEAST_ROWS || task.matrix.kind.record().is_none() {
+    if task.acts.int8_rows(task.cpu) < LEAST_ROWS || task.matrix.kind.record().is_none() {
         // SAFETY: a part of the caller's promise.
         return unsafe { avx512::run(task) };
     }

@@ -164,7 +164,9 @@ fn tile<K: Fixed, const R: usize>(
 ) {
     let acts = task.acts;
     let (all, parts) = (acts.blocks(), const { K::RECORD.parts() });
-    assert!(acc.len() == R && r + R <= acts.rows() && blocks.end <= all && blocks.len() <= STRETCH);
+    assert!(
+        acc.len() == R && r + R <= acts.int8_rows(task.cpu) && blocks.end <= all && blocks.len() <= STRETCH
+    );
     let mut f = [_mm512_setzero_ps(); R];
     // SAFETY: rows `r .. r + R` and blocks `blocks` are inside the activations, whose vectors hold `rows * all` blocks; the stretch holds
     // `blocks.len()` blocks; `acc` has `R` rows.

@@ -7,6 +7,9 @@
 //! that scale 16 values do this for the first half of the block and then for the second. Weights kept as floats: one fma chain
 //! over k ascending. At the end a power of two (see `Matrix::post`) undoes the scaling of the stored f16 scales.
 //!
+//! Rows that the caller sets apart ([`Acts::set_int8_rows`]) follow another contract on CPUs with bf16 tiles, that of `tiles.rs`: there, too,
+//! the bits depend on the two rows alone.
+//!
 //! Activations are quantised symmetrically, [`Acts`] says how; `layout.rs` says how weights lie in memory.
 
 mod acts;
@@ -23,6 +26,8 @@ mod scalar;
 mod stretch;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::ops::Range;
 
@@ -101,6 +106,11 @@ impl Matrix {
         self.kind.name()
     }
 
+    /// Whether the weights are codes and scales rather than floats.
+    pub fn is_quantised(&self) -> bool {
+        self.kind.record().is_some()
+    }
+
     fn panels(&self) -> usize {
         self.n.div_ceil(COLS)
     }
@@ -114,8 +124,10 @@ impl Matrix {
 
 /// A part of one product: some rows of activations, some panels of a matrix.
 pub(crate) struct Task<'a> {
+    cpu: Cpu,
     matrix: &'a Matrix,
     acts: &'a Acts,
+    /// All of them rows that are multiplied in bf16, or none.
     rows: Range<usize>,
     panels: Range<usize>,
     /// The whole `y: [rows, n]`; this task alone writes its rows and panels of it.
@@ -123,6 +135,11 @@ pub(crate) struct Task<'a> {
 }
 
 impl Task<'_> {
+    /// Whether its rows meet the weights in bf16.
+    fn in_bf16(&self) -> bool {
+        self.matrix.kind.record().is_some() && self.rows.start >= self.acts.int8_rows(self.cpu)
+    }
+
     /// Where row `r` of panel `p` goes, and how many of its columns exist: 1 to 16.
     #[inline]
     fn place(&self, r: usize, p: usize) -> (*mut f32, usize) {
@@ -169,12 +186,17 @@ pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Mat
     if rows == 0 {
         return;
     }
-    if products.iter().any(|(w, _)| w.kind.record().is_some()) {
+    let int8_rows = acts.int8_rows(cpu);
+    let quantised = products.iter().any(|(w, _)| w.kind.record().is_some());
+    if quantised && int8_rows < rows {
+        acts.round(cpu, team);
+    }
+    if quantised && int8_rows > 0 {
         let bytes = products.iter().any(|(w, _)| w.kind == Kind::I8);
         let form = match cpu.path() {
-            Path::Avx2 if rows > 1 && bytes && !cpu.avx_vnni() => Form::Wide,
+            Path::Avx2 if int8_rows > 1 && bytes && !cpu.avx_vnni() => Form::Wide,
             #[cfg(target_arch = "x86_64")]
-            Path::Amx if rows >= amx::LEAST_ROWS => Form::Tiles,
+            Path::Amx if int8_rows >= amx::LEAST_ROWS => Form::Tiles,
             _ => Form::Rows,
         };
         acts.quantise(cpu, team, form);
@@ -183,24 +205,33 @@ pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Mat
     let mut tasks = Vec::new();
     for (w, y) in products.iter_mut() {
         let y = Shared::new(y.as_mut_ptr());
-        let (row_step, panel_step) = grain(team.threads(), rows, w);
-        for r in (0..rows).step_by(row_step) {
-            for p in (0..w.panels()).step_by(panel_step) {
-                let (r, p) = (r..rows.min(r + row_step), p..w.panels().min(p + panel_step));
-                tasks.push(Task {
-                    matrix: w,
-                    acts,
-                    rows: r,
-                    panels: p,
-                    y,
-                });
+        let parts = match w.kind.record() {
+            Some(_) => [0..int8_rows, int8_rows..rows],
+            None => [0..rows, rows..rows],
+        };
+        for rows in parts.into_iter().filter(|rows| !rows.is_empty()) {
+            let (row_step, panel_step) = match rows.start < int8_rows || w.kind.record().is_none() {
+                true => grain(team.threads(), rows.len(), w),
+                false => bf16_grain(team.threads(), rows.len(), w),
+            };
+            for r in rows.clone().step_by(row_step) {
+                for p in (0..w.panels()).step_by(panel_step) {
+                    tasks.push(Task {
+                        cpu,
+                        matrix: w,
+                        acts,
+                        rows: r..rows.end.min(r + row_step),
+                        panels: p..w.panels().min(p + panel_step),
+                        y,
+                    });
+                }
             }
         }
     }
     if let [task] = &tasks[..] {
-        return run(cpu, task);
+        return run(task);
     }
-    team.run(tasks.len(), &|t| run(cpu, &tasks[t]));
+    team.run(tasks.len(), &|t| run(&tasks[t]));
 }
 
 /// Most rows of a task: what its accumulators (16 f32 per row) may take of the first cache.
@@ -230,8 +261,31 @@ fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
     (row_step, panel_step.min(w.panels()))
 }
 
-fn run(cpu: Cpu, task: &Task<'_>) {
+/// As [`grain`], for rows in bf16: unpacking a panel costs as much as 128 rows do, so all rows are in one task unless there are too few panels.
+fn bf16_grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
+    if threads == 1 {
+        return (rows.next_multiple_of(acts::TILE), w.panels());
+    }
+    let want = 8 * threads;
+    let splits = threads
+        .div_ceil(w.panels().div_ceil(2))
+        .min(rows.div_ceil(128))
+        .max(1);
+    let row_step = rows.div_ceil(splits).next_multiple_of(2 * acts::TILE);
+    let least = (1usize << 18).div_ceil(COLS * w.k * row_step.min(rows));
+    let panel_step = (w.panels() * splits)
+        .div_ceil(want)
+        .max(least)
+        .next_multiple_of(2);
+    (row_step, panel_step.min(w.panels()))
+}
+
+fn run(task: &Task<'_>) {
+    let cpu = task.cpu;
     match cpu.path() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a `Cpu` of this path proves AVX-512 with BF16 and bf16 tiles this process may use.
+        Path::Amx if task.in_bf16() => unsafe { tiles::run(task) },
         Path::Scalar => scalar::run(task),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a `Cpu` of this path proves AVX2, FMA and F16C, and AVX-VNNI if it says so.

@@ -1,6 +1,8 @@
 //! The referee: the arithmetic contract in plain Rust.
 
 use super::Task;
+#[cfg(test)]
+use super::acts::to_bf16;
 use super::layout::{BLOCK, CODES, COLS, Kind, Record};
 use super::pack::unpack_record;
 
@@ -50,6 +52,47 @@ fn codes(task: &Task<'_>, record: Record) {
             task.store(r, p, &acc.map(|v| v * task.matrix.post));
         }
     }
+}
+
+/// One row of activations `x: [k]` against quantised weights, as `tiles.rs` says: `[n]`.
+#[cfg(test)]
+pub(crate) fn bf16(matrix: &super::Matrix, x: &[f32]) -> Vec<f32> {
+    let record = matrix.kind.record().expect("quantised weights");
+    let part_rows = BLOCK / record.parts();
+    let mut codes = [0u8; CODES];
+    let mut y = Vec::new();
+    for p in 0..matrix.panels() {
+        let mut acc = [0.0f32; COLS];
+        let records = matrix.panel(p).chunks_exact(record.bytes());
+        for (packed, x) in records.zip(x.as_chunks::<BLOCK>().0) {
+            unpack_record(record, packed, &mut codes);
+            for (c, acc) in acc.iter_mut().enumerate() {
+                let weight = |i: usize| {
+                    let code = i32::from(codes[i / 4 * 64 + c * 4 + i % 4]) - record.offset;
+                    let at = record.scale_at(i / part_rows);
+                    let scale = f16_at(packed, at, c) * matrix.post;
+                    match record.min {
+                        true => (code as f32).mul_add(scale, f16_at(packed, at + 2 * COLS, c) * matrix.post),
+                        false => code as f32 * scale,
+                    }
+                };
+                let mut sums = [0.0f32; 2];
+                for (i, &x) in x.iter().enumerate() {
+                    let [w, x] = [weight(i), x].map(|v| half::bf16::from_bits(to_bf16(v)).to_f32());
+                    sums[i % 2] = flush(w.mul_add(x, sums[i % 2]));
+                }
+                *acc = flush(*acc + flush(sums[0] + sums[1]));
+            }
+        }
+        y.extend_from_slice(&acc[..(matrix.n - p * COLS).min(COLS)]);
+    }
+    y
+}
+
+/// Zero for a denormal.
+#[cfg(test)]
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() { 0.0f32.copysign(x) } else { x }
 }
 
 fn integer_sums(codes: &[u8; CODES], q: &[i8; BLOCK], groups: std::ops::Range<usize>) -> [i32; COLS] {

@@ -111,6 +111,58 @@ fn every_path_row_count_and_thread_count_gives_the_bits_of_one_scalar_row() {
 }
 
 #[test]
+fn rows_in_bf16_have_the_bits_of_the_scalar_twin_whoever_is_beside_them() {
+    let Some(cpu) = Cpu::with(Path::Amx) else {
+        return eprintln!("path amx: not on this machine");
+    };
+    let teams = [Team::new(1), Team::new(3)];
+    let mut random = Random(11);
+    for format in Format::ALL.into_iter().filter(|f| f.block_len() > 1) {
+        for (n, k) in [(16, 256), (1, 512), (53, 512), (67, 1280)] {
+            let bytes = weights(format, n, k, &mut random);
+            let w = Matrix::pack(cpu, &teams[0], format, &bytes, n, k, Precision::Fast).unwrap();
+            let x: Vec<f32> = (0..67 * k).map(|_| random.unit()).collect();
+            let int8 = product(cpu, &teams[0], &w, &x, 67);
+            let bf16: Vec<u32> = x
+                .chunks_exact(k)
+                .flat_map(|row| scalar::bf16(&w, row))
+                .map(f32::to_bits)
+                .collect();
+            for (rows, int8_rows) in [
+                (1, 0),
+                (15, 0),
+                (33, 0),
+                (67, 0),
+                (34, 1),
+                (40, 7),
+                (67, 17),
+                (5, 5),
+            ] {
+                let mut acts = Acts::new();
+                acts.load(&vec![f32::NAN; 80 * k], 80, k);
+                acts.set_int8_rows(Some(0));
+                let team = &teams[rows % 2];
+                matmul(cpu, team, &mut acts, &w, &mut vec![f32::NAN; 80 * n]);
+                acts.set_int8_rows(Some(int8_rows));
+                acts.load(&x[..rows * k], rows, k);
+                let mut y = vec![f32::NAN; rows * n];
+                matmul(cpu, team, &mut acts, &w, &mut y);
+                let y: Vec<u32> = y.iter().map(|v| v.to_bits()).collect();
+                let at = int8_rows * n;
+                assert!(
+                    y[..at] == int8[..at],
+                    "{format}: int8 rows beside others, {rows} rows, {n} x {k}"
+                );
+                assert!(
+                    y[at..] == bf16[at..rows * n],
+                    "{format}: bf16, {rows} rows from {int8_rows}, {n} x {k}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn extreme_codes_and_activations_overflow_nothing() {
     let team = Team::new(1);
     let k = 256;

@@ -100,7 +100,10 @@ pub(super) fn answer(
     let (mut next, mut out, mut logits) = (prompt[prompt.len() - 1], Vec::new(), Vec::new());
     while out.len() < STEPS {
         logits.clear();
-        session.feed(&[next], 1, &mut logits)?;
+        match out.is_empty() {
+            true => session.feed(&[next], 1, &mut logits)?,
+            false => session.feed_drawn(&[next], 1, &mut logits)?,
+        }
         next = argmax(&logits);
         if subject.tokenizer.is_end(next) || subject.tokenizer.decode(&[next]).contains('\n') {
             break;

@@ -116,6 +116,7 @@ impl Model {
             rows: Vec::new(),
             chosen: Vec::new(),
         };
+        scratch.acts.set_int8_rows(Some(0));
         for l in 0..spec.layers {
             if let Err(error) = self.blend_layer(l, pool, &mut run, scratch) {
                 run.overlays.into_iter().for_each(|s| s.release(pool));

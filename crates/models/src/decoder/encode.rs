@@ -113,6 +113,7 @@ impl Model {
                     tokens: &chunks[i][tails[i].len()..][..rows],
                     kv: &tails[i],
                     logits: 0,
+                    drawn: false,
                     extra: Extra {
                         pos_base: start,
                         context: Some(behind),

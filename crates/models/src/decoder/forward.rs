@@ -23,6 +23,9 @@ pub struct Input<'a> {
     pub kv: &'a SeqKv,
     /// Of how many of the last rows logits (or [`Model::hidden`]'s vectors) are wanted: 0 (in the middle of a prompt), 1, or all.
     pub logits: usize,
+    /// Whether the model drew these tokens, rather than being given them. Prompts have many rows and may be computed in an arithmetic that
+    /// is fast for those ([`Model::tells_drawn_apart`]); which one it is must not depend on how many rows a step happens to have.
+    pub drawn: bool,
     /// What is special about the sequence; the default is an ordinary one.
     pub extra: Extra<'a>,
 }
@@ -42,6 +45,9 @@ pub enum ForwardError {
     /// The embedding could not be read.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// Inputs with given tokens before some with drawn ones.
+    #[error("sequences whose tokens were drawn come first in a step")]
+    Order,
     /// A mistake of shapes.
     #[error(transparent)]
     Attend(#[from] AttendError),
@@ -188,6 +194,11 @@ impl Model {
         }
         let last = spec.layers - 1;
         let mut rows: Vec<usize> = inputs.iter().map(|i| i.tokens.len()).collect();
+        if !inputs.is_sorted_by_key(|i| !i.drawn) {
+            return Err(ForwardError::Order);
+        }
+        let drawn = inputs.iter().take_while(|i| i.drawn).count();
+        scratch.acts.set_int8_rows(Some(rows[..drawn].iter().sum()));
         let wanted = |i: usize| inputs[i].logits.min(inputs[i].tokens.len());
         for l in 0..spec.layers {
             self.attention(l, pool, (&seqs, &sharing), &watch, scratch)?;
@@ -200,6 +211,7 @@ impl Model {
                         false => wanted(i),
                     }
                 });
+                scratch.acts.set_int8_rows(Some(rows[..drawn].iter().sum()));
             }
             if !scratch.x.is_empty() {
                 self.feed_forward(l, &watch, scratch);
@@ -413,6 +425,8 @@ impl Model {
         if rows == 0 {
             return;
         }
+        // Few rows get this far, and a vocabulary is wide: one arithmetic for all of them.
+        s.acts.set_int8_rows(None);
         self.norm_acts(&s.x, &self.weights.output_norm, &mut s.acts);
         if watch.wants(spec.layers, Site::FinalNorm) {
             watch.at(spec.layers, Site::FinalNorm, s.acts.x_mut(), spec.d_model);

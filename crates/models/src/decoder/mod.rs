@@ -11,7 +11,7 @@ use std::sync::Arc;
 use antefix_attention::Geometry;
 use antefix_attention::hooks::HookShape;
 pub use antefix_attention::{Deviation, Extra};
-use antefix_kernels::cpu::Cpu;
+use antefix_kernels::cpu::{Cpu, Path};
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::ops::Rope;
 use antefix_kernels::team::Team;
@@ -85,6 +85,13 @@ impl Model {
     /// Whether weights are as quantised in the file or widened to f32.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Whether drawn tokens are computed with other roundings than given ones ([`Input::drawn`]): on CPUs with bf16 tiles, the products of a
+    /// prompt with quantised weights are in bf16, those of an answer in int8. What was computed of an answer is not what would have been
+    /// computed had it been given, then.
+    pub fn tells_drawn_apart(&self) -> bool {
+        self.precision == Precision::Fast && self.cpu.path() == Path::Amx && self.weights.any_quantised()
     }
 
     /// Bytes of packed weights.

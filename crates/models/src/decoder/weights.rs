@@ -157,6 +157,10 @@ impl Weights {
         self.matrices().map(Matrix::bytes).sum()
     }
 
+    pub(super) fn any_quantised(&self) -> bool {
+        self.matrices().any(Matrix::is_quantised)
+    }
+
     pub(super) fn kinds(&self) -> Vec<(String, usize)> {
         let mut kinds: Vec<(String, usize)> = Vec::new();
         for m in self.matrices() {

@@ -1,0 +1,383 @@
+//! AMX bf16: quantised weights become bf16 once per group of panels, sums stay in the tiles over the whole of K.
+//!
+//! The arithmetic contract of these rows: weights are `(code - offset) * dw` or `fma(code, dw, mw)` in f32, rounded to bf16 (nearest, even);
+//! activations are rounded to bf16; per block of 32 along K, the even and the odd products are summed apart, ascending, and
+//! `acc += even + odd`. Denormals count as zeros. `scalar::bf16` is the same in plain Rust.
+
+use std::arch::asm;
+#[allow(clippy::wildcard_imports)] // Dozens of intrinsics.
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::Task;
+use super::acts::TILE;
+use super::layout::{COLS, Fixed, with_kind};
+use super::stretch::{groups, load_codes, load_f16};
+use crate::amx::{TileShape, configure, release};
+
+/// Bytes of bf16 that are unpacked together: they stay in the second cache beside the rows that meet them. Rows are read from further away
+/// once a group, so groups are as large as that allows.
+const GROUP_BYTES: usize = 1 << 20;
+/// Bytes of a tile of 16 rows, and of a row of it.
+const TILE_BYTES: usize = 1024;
+const LINE: usize = 64;
+
+/// A tile of sums.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Sums([[f32; COLS]; TILE]);
+
+/// A line of the cache.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+thread_local! {
+    /// Panels as bf16, `[panels][blocks][16 pairs along K][16 columns][2]`, kept from task to task.
+    static UNPACKED: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Computes a task of rows that [`Acts`](super::Acts) holds as bf16 tiles.
+///
+/// # Safety
+/// The CPU has AVX-512 with BF16 and AMX-BF16, and the process may use the tiles.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+pub(super) unsafe fn run(task: &Task<'_>) {
+    let blocks = task.acts.blocks();
+    UNPACKED.with_borrow_mut(|unpacked| {
+        let panel_lines = blocks * TILE_BYTES / LINE;
+        let together = (GROUP_BYTES / (blocks * TILE_BYTES)).clamp(2, 16) & !1;
+        for first in task.panels.clone().step_by(together) {
+            let panels = first..task.panels.end.min(first + together);
+            if unpacked.len() < panels.len() * panel_lines {
+                unpacked.resize(panels.len() * panel_lines, Line([0; LINE]));
+            }
+            let base: *mut u8 = unpacked.as_mut_ptr().cast();
+            for (i, p) in panels.clone().enumerate() {
+                // SAFETY: the panel has `blocks` records, its place in the buffer has a tile for each.
+                unsafe {
+                    let to = base.add(i * blocks * TILE_BYTES);
+                    with_kind!(
+                        task.matrix.kind,
+                        K => unpack::<K>(task.matrix.panel(p), task.matrix.post, to),
+                        unreachable!("floats are not multiplied in bf16")
+                    );
+                }
+            }
+            // SAFETY: the caller's promise, and what was just unpacked.
+            unsafe { group(task, panels, base) };
+        }
+    });
+    // SAFETY: the caller's promise.
+    unsafe { release() };
+}
+
+/// Unpacks whole records to bf16 tiles.
+///
+/// # Safety
+/// `to` lies on a line and has room for a tile a record.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn unpack<K: Fixed>(records: &[u8], post: f32, to: *mut u8) {
+    let record = const { K::RECORD };
+    let post = _mm512_set1_ps(post);
+    let offset = _mm512_set1_epi32(record.offset);
+    let byte = _mm512_set1_epi32(0xff);
+    // Columns of the first source, then of the second, to pairs.
+    let pairs: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+    // SAFETY: 64 bytes are there.
+    let pairs = unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) };
+    for (b, rec) in records.chunks_exact(record.bytes()).enumerate() {
+        // SAFETY: the record has its codes and scales; the caller's promise.
+        unsafe {
+            let rec = rec.as_ptr();
+            let tile = to.add(b * TILE_BYTES);
+            let part = |part: usize| {
+                let at = rec.add(record.scale_at(part));
+                let scale = _mm512_mul_ps(load_f16(at), post);
+                let min = if record.min {
+                    _mm512_mul_ps(load_f16(at.add(2 * COLS)), post)
+                } else {
+                    _mm512_setzero_ps()
+                };
+                (scale, min)
+            };
+            let scales = [part(0), if record.halves { part(1) } else { part(0) }];
+            macro_rules! group {
+                ($g:literal) => {
+                    let codes = load_codes::<K, $g>(rec);
+                    let (scale, min) = scales[$g / 4];
+                    let value = |code: __m512i| {
+                        if record.min {
+                            _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, min)
+                        } else {
+                            let code = _mm512_sub_epi32(code, offset);
+                            _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale)
+                        }
+                    };
+                    let values = [
+                        value(_mm512_and_si512(codes, byte)),
+                        value(_mm512_and_si512(_mm512_srli_epi32::<8>(codes), byte)),
+                        value(_mm512_and_si512(_mm512_srli_epi32::<16>(codes), byte)),
+                        value(_mm512_srli_epi32::<24>(codes)),
+                    ];
+                    for (i, pair) in values.as_chunks::<2>().0.iter().enumerate() {
+                        let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(pair[1], pair[0]));
+                        let line = tile.add((2 * $g + i) * LINE);
+                        _mm512_store_si512(line.cast(), _mm512_permutexvar_epi16(pairs, both));
+                    }
+                };
+            }
+            groups!(group);
+        }
+    }
+}
+
+/// All rows of the task against unpacked panels: two tiles of rows and two panels at a time, so that every loaded tile is used twice.
+///
+/// # Safety
+/// As [`run`]; `base` has the tiles of all panels.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn group(task: &Task<'_>, panels: Range<usize>, base: *const u8) {
+    let blocks = task.acts.blocks();
+    let (x, first) = task.acts.bf16(task.cpu);
+    assert!(task.rows.start >= first && (task.rows.start - first).is_multiple_of(TILE) && blocks > 0);
+    let from = (task.rows.start - first) / TILE;
+    let tiles = task.rows.len().div_ceil(TILE);
+    assert!((from + tiles) * blocks * TILE_BYTES <= std::mem::size_of_val(x));
+    let x: *const u8 = x.as_ptr().cast();
+    let rows = task.rows.len().min(TILE);
+    // SAFETY: the caller's promise; a tile is at most 16 rows of 64 bytes.
+    unsafe { configure(&shapes(rows)) };
+    let mut sums = [Sums([[0.0; COLS]; TILE]); 4];
+    for tile in (0..tiles).step_by(2) {
+        for panel in (0..panels.len()).step_by(2) {
+            let (t, p) = ((tiles - tile).min(2), (panels.len() - panel).min(2));
+            let place = |i: usize| {
+                (
+                    task.rows.start + (tile + i / 2) * TILE,
+                    panels.start + panel + i % 2,
+                )
+            };
+            // SAFETY: tiles `tile .. tile + t` and panels `panel .. panel + p` are there, with `blocks` tiles each.
+            unsafe {
+                let a = x.add((from + tile) * blocks * TILE_BYTES);
+                let b = base.add(panel * blocks * TILE_BYTES);
+                let step = blocks * TILE_BYTES;
+                match (t, p) {
+                    (2, 2) => {
+                        let (y, _) = task.place(task.rows.start + tile * TILE, panels.start + panel);
+                        products_2x2((a, b), step, blocks, (y.cast(), 4 * task.matrix.n));
+                    }
+                    (2, _) => products_2x1(a, b, step, blocks),
+                    (_, 2) => products_1x2(a, b, step, blocks),
+                    _ => products_1x1(a, b, blocks),
+                }
+                for i in [0, 1, 2, 3] {
+                    if i / 2 >= t || i % 2 >= p {
+                        continue;
+                    }
+                    let (r, p) = place(i);
+                    let (at, cols) = task.place(r, p);
+                    if cols == COLS && r + rows <= task.rows.end {
+                        store(i, at.cast(), 4 * task.matrix.n);
+                        continue;
+                    }
+                    store(i, sums[i].0.as_mut_ptr().cast(), LINE);
+                    for (r, sums) in (r..task.rows.end).zip(&sums[i].0) {
+                        task.store(r, p, sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `tmm0 .. tmm3`: sums, `[rows, 16]` f32, of the row tiles and panels 00, 01, 10, 11. `tmm4`, `tmm5`: activations. `tmm6`, `tmm7`: weights.
+fn shapes(rows: usize) -> [TileShape; 8] {
+    let of = |rows: usize| TileShape {
+        rows: rows as u8,
+        bytes: LINE as u16,
+    };
+    let (some, full) = (of(rows), of(TILE));
+    [some, some, some, some, some, some, full, full]
+}
+
+/// Stores the sums of `tmm{i}`, `stride` bytes between rows.
+///
+/// # Safety
+/// Tiles are configured as [`shapes`] says; 64 writable bytes for each row.
+#[inline]
+unsafe fn store(i: usize, to: *mut u8, stride: usize) {
+    macro_rules! store {
+        ($sums:tt) => {
+            asm!(
+                concat!("tilestored [{to} + {stride} * 1], ", $sums),
+                to = in(reg) to,
+                stride = in(reg) stride,
+                options(nostack, preserves_flags),
+            )
+        };
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        match i {
+            0 => store!("tmm0"),
+            1 => store!("tmm1"),
+            2 => store!("tmm2"),
+            _ => store!("tmm3"),
+        }
+    }
+}
+
+/// Sums over `blocks` blocks of two row tiles, `step` bytes apart, and two panels, `step` bytes apart. The lines that the sums will be stored
+/// to, `stride` bytes from row to row, are asked for meanwhile: else the stores wait for them.
+///
+/// # Safety
+/// Tiles are configured as [`shapes`] says; all blocks are there.
+#[inline]
+unsafe fn products_2x2(
+    (a, b): (*const u8, *const u8),
+    step: usize,
+    blocks: usize,
+    (y, stride): (*mut u8, usize),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tileloadd tmm4, [{a0} + {line} * 1]",
+            "tileloadd tmm6, [{b0} + {line} * 1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {line} * 1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {line} * 1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "prefetchw [{y0}]",
+            "prefetchw [{y0} + 64]",
+            "prefetchw [{y1}]",
+            "prefetchw [{y1} + 64]",
+            "add {y0}, {stride}",
+            "add {y1}, {stride}",
+            "add {a0}, 1024",
+            "add {a1}, 1024",
+            "add {b0}, 1024",
+            "add {b1}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            a0 = inout(reg) a => _,
+            a1 = inout(reg) a.add(step) => _,
+            b0 = inout(reg) b => _,
+            b1 = inout(reg) b.add(step) => _,
+            y0 = inout(reg) y => _,
+            y1 = inout(reg) y.wrapping_add(TILE * stride) => _,
+            stride = in(reg) stride,
+            n = inout(reg) blocks => _,
+            line = in(reg) LINE,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// As [`products_2x2`], of two row tiles and one panel.
+///
+/// # Safety
+/// As there.
+#[inline]
+unsafe fn products_2x1(a: *const u8, b: *const u8, step: usize, blocks: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm2",
+            "2:",
+            "tileloadd tmm4, [{a0} + {line} * 1]",
+            "tileloadd tmm6, [{b0} + {line} * 1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{a1} + {line} * 1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "add {a0}, 1024",
+            "add {a1}, 1024",
+            "add {b0}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            a0 = inout(reg) a => _,
+            a1 = inout(reg) a.add(step) => _,
+            b0 = inout(reg) b => _,
+            n = inout(reg) blocks => _,
+            line = in(reg) LINE,
+            out("tmm0") _, out("tmm2") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// As [`products_2x2`], of one row tile and two panels.
+///
+/// # Safety
+/// As there.
+#[inline]
+unsafe fn products_1x2(a: *const u8, b: *const u8, step: usize, blocks: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "2:",
+            "tileloadd tmm4, [{a0} + {line} * 1]",
+            "tileloadd tmm6, [{b0} + {line} * 1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {line} * 1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "add {a0}, 1024",
+            "add {b0}, 1024",
+            "add {b1}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            a0 = inout(reg) a => _,
+            b0 = inout(reg) b => _,
+            b1 = inout(reg) b.add(step) => _,
+            n = inout(reg) blocks => _,
+            line = in(reg) LINE,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// As [`products_2x2`], of one row tile and one panel.
+///
+/// # Safety
+/// As there.
+#[inline]
+unsafe fn products_1x1(a: *const u8, b: *const u8, blocks: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "2:",
+            "tileloadd tmm4, [{a0} + {line} * 1]",
+            "tileloadd tmm6, [{b0} + {line} * 1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "add {a0}, 1024",
+            "add {b0}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            a0 = inout(reg) a => _,
+            b0 = inout(reg) b => _,
+            n = inout(reg) blocks => _,
+            line = in(reg) LINE,
+            out("tmm0") _, out("tmm4") _, out("tmm6") _,
+            options(nostack, readonly),
+        );
+    }
+}
