@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tower::ServiceExt;
 
-use crate::common::{call, post, server_with};
+use crate::common::{post, server_with, text};
 use crate::{Outcome, Runner, aftermath, ask, cold, expect, live, prompt};
 
 fn long(max_tokens: usize, n: usize) -> serde_json::Value {
@@ -22,9 +22,14 @@ fn long(max_tokens: usize, n: usize) -> serde_json::Value {
 async fn leaves(after: Duration, n: usize) -> Outcome {
     let app = server_with(|_| ()).app();
     for _ in 0..10 {
-        let _ = tokio::time::timeout(after, call(&app, post("/v1/completions", &long(300, n)))).await;
+        let _ = tokio::time::timeout(after, read(&app, &long(300, n))).await;
     }
     aftermath(&app).await
+}
+
+/// Reads a streamed answer to its end.
+async fn read(app: &axum::Router, body: &serde_json::Value) -> String {
+    text(app.clone().oneshot(post("/v1/completions", body)).await.unwrap()).await
 }
 
 async fn leaves_the_line() -> Outcome {
@@ -33,7 +38,7 @@ async fn leaves_the_line() -> Outcome {
         let app = app.clone();
         tokio::spawn(async move {
             let gone = Duration::from_millis(4);
-            let _ = tokio::time::timeout(gone, call(&app, post("/v1/completions", &long(60, 1)))).await;
+            let _ = tokio::time::timeout(gone, read(&app, &long(60, 1))).await;
         })
     });
     for one in crowd.collect::<Vec<_>>() {
