@@ -76,7 +76,7 @@ fn settings(card: &'static Card) -> Value {
         let value = match (knob.name, knob.kind) {
             (_, Kind::Profile) => json!("made_up"),
             ("budget", _) => json!(64),
-            ("window" | "buffer" | "recent", _) => json!(8),
+            ("window" | "buffer", _) => json!(8),
             ("every", _) => json!(4),
             ("top", _) => json!(2),
             ("always", _) => json!(true),
