@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use antefix_kv::{Keep, Pool, SeqKv};
+use antefix_kv::{Keep, Pool};
 use antefix_models::decoder::{Extra, ForwardError, Input, Model, Scratch};
 use antefix_state::PAGE_ROWS;
 
@@ -14,21 +14,22 @@ use crate::cache::Cache;
 
 /// Answers that wait; beyond that the oldest is given up.
 const MOST: usize = 64;
-/// Rows computed at a time: a request that arrives meanwhile waits for them.
-const ROWS: usize = 64;
+/// Rows computed at a time, whole pages: a request that arrives meanwhile waits for them.
+const ROWS: usize = 2 * PAGE_ROWS;
 
-/// A finished text.
+/// A finished text, whole pages of it.
 struct Text {
     tokens: Vec<u32>,
+    /// How much of it was cached after the last piece of work.
+    done: usize,
     salt: u64,
     keep: Keep,
 }
 
-/// Texts to be computed again, the newest first: its next turn comes soonest.
+/// Texts to be computed again, the newest first: its next turn comes soonest. Between two pieces of work it holds no memory.
 #[derive(Default)]
 pub(crate) struct Again {
     waiting: VecDeque<Text>,
-    now: Option<(Text, SeqKv)>,
 }
 
 impl Again {
@@ -40,6 +41,7 @@ impl Again {
         }
         self.waiting.push_front(Text {
             tokens: tokens[..whole].to_vec(),
+            done: 0,
             salt,
             keep,
         });
@@ -48,71 +50,69 @@ impl Again {
 
     /// Whether there is nothing to do.
     pub(crate) fn is_done(&self) -> bool {
-        self.waiting.is_empty() && self.now.is_none()
+        self.waiting.is_empty()
     }
 
-    /// Computes some rows. A text for which there is no free memory is given up, as is one that the model fails on.
+    /// Computes some rows and caches them. A text is given up when there is no free memory for it, or the cache does not keep it.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; the text is given up.
     pub(crate) fn work(
         &mut self,
         model: &Model,
         (pool, cache): (&mut Pool, &mut Cache),
         scratch: &mut Scratch,
     ) -> Result<(), ForwardError> {
-        let Some((text, mut kv)) = self.now.take().or_else(|| {
-            let text = self.waiting.pop_front()?;
-            let kv = cache.lookup(pool, &text.tokens, text.salt);
-            Some((text, kv))
-        }) else {
+        let Some(mut text) = self.waiting.pop_front() else {
             return Ok(());
         };
+        let mut kv = cache.lookup(pool, &text.tokens, text.salt);
         let from = kv.len();
         let rows = (text.tokens.len() - from).min(ROWS);
-        if rows > 0 && pool.reserve(&mut kv, rows).is_err() {
+        let lost = from < text.done;
+        if rows == 0 || lost || pool.reserve(&mut kv, rows).is_err() {
             pool.release(kv);
             return Ok(());
         }
-        if rows > 0 {
-            let input = Input {
-                tokens: &text.tokens[from..from + rows],
-                kv: &kv,
-                logits: 0,
-                drawn: false,
-                extra: Extra::default(),
-            };
-            if let Err(error) = model.forward(pool, &[input], scratch, &mut Vec::new()) {
-                pool.release(kv);
-                return Err(error);
-            }
+        let input = Input {
+            tokens: &text.tokens[from..from + rows],
+            kv: &kv,
+            logits: 0,
+            drawn: false,
+            extra: Extra::default(),
+        };
+        let ran = model.forward(pool, &[input], scratch, &mut Vec::new());
+        if ran.is_ok() {
             kv.commit(rows);
+            text.done = from + rows;
+            cache.insert(pool, &text.tokens[..text.done], text.salt, &kv, text.keep);
+            if text.done < text.tokens.len() {
+                self.waiting.push_front(text);
+            }
         }
-        self.now = Some((text, kv));
-        if from + rows == self.now.as_ref().map_or(0, |(text, _)| text.tokens.len()) {
-            self.put_away(pool, cache);
-        }
-        Ok(())
-    }
-
-    /// Stops in the middle of a text: what is done of it is kept, the rest waits. Others need the memory.
-    pub(crate) fn pause(&mut self, pool: &mut Pool, cache: &mut Cache) {
-        if let Some(text) = self.put_away(pool, cache) {
-            self.waiting.push_front(text);
-        }
-    }
-
-    /// Caches what is done of the current text, and returns it if that is not all.
-    fn put_away(&mut self, pool: &mut Pool, cache: &mut Cache) -> Option<Text> {
-        let (text, kv) = self.now.take()?;
-        let done = kv.len();
-        cache.insert(pool, &text.tokens[..done], text.salt, &kv, text.keep);
         pool.release(kv);
-        (done < text.tokens.len()).then_some(text)
+        ran
     }
 
     /// Forgets everything.
-    pub(crate) fn clear(&mut self, pool: &mut Pool) {
+    pub(crate) fn clear(&mut self) {
         self.waiting.clear();
-        if let Some((_, kv)) = self.now.take() {
-            pool.release(kv);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_fills_a_page_behind_the_prompt_is_worth_it_and_the_newest_comes_first() {
+        let mut again = Again::default();
+        again.note(&[7; 60], 40, 0, Keep::default());
+        assert!(again.is_done());
+        for turn in 0..MOST as u32 + 5 {
+            again.note(&[turn; 70], 40, 0, Keep::default());
         }
+        assert_eq!(again.waiting.len(), MOST);
+        assert_eq!(again.waiting[0].tokens, [MOST as u32 + 4; 64]);
     }
 }

@@ -577,7 +577,7 @@ impl Engine {
 
     /// Forgets every cached prefix in memory, pinned ones as well; tiers keep theirs.
     pub fn clear_cache(&mut self) {
-        self.again.clear(&mut self.pool);
+        self.again.clear();
         self.cache.clear(&mut self.pool);
     }
 
@@ -592,7 +592,6 @@ impl Engine {
     pub fn step(&mut self, events: &mut Vec<Event>) -> Result<StepReport, EngineError> {
         self.cache.work(&mut self.pool);
         self.expire(events);
-        self.again.pause(&mut self.pool, &mut self.cache);
         self.admit(events)?;
         if self.running.is_empty() {
             self.cache.wait_for_block();
