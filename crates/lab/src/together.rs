@@ -40,6 +40,7 @@ impl Bench<'_> {
                 tokens: chunk,
                 kv: &kv,
                 logits: 0,
+                drawn: false,
                 extra: Extra::default(),
             };
             self.model
@@ -74,6 +75,7 @@ impl Bench<'_> {
                 tokens: std::slice::from_ref(next),
                 kv,
                 logits: 1,
+                drawn: true,
                 extra: Extra::default(),
             })
             .collect();
