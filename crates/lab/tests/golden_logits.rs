@@ -96,7 +96,7 @@ fn compare(alias: &str, wanted: impl Fn(&Prompt) -> bool) {
     let llama_bound = if alias == "gemma3-270m" { 2e-2 } else { 1e-3 };
     let (mut worst, mut positions, mut agree, mut kl) = (0.0f32, 0usize, 0usize, 0.0f64);
     for p in &prompts {
-        let (f32s, int8s) = (every(&exact, &p.ids), every(&fast, &p.ids));
+        let (f32s, fasts) = (every(&exact, &p.ids), every(&fast, &p.ids));
         let last = f32s.last().unwrap();
         let from_transformers = p.transformers.distance(&header, last);
         let from_llama = p.llama_f32.distance(&header, last);
@@ -120,7 +120,7 @@ fn compare(alias: &str, wanted: impl Fn(&Prompt) -> bool) {
         let same = f32s.iter().zip(&p.transformers.argmax);
         let wrong = same.filter(|(row, id)| argmax(row) as usize != **id).count();
         assert_eq!(wrong, 0, "{alias} {}: most likely tokens of f32", p.prompt);
-        for (a, b) in f32s.iter().zip(&int8s) {
+        for (a, b) in f32s.iter().zip(&fasts) {
             positions += 1;
             agree += usize::from(argmax(a) == argmax(b));
             kl += divergence(a, b);
@@ -128,7 +128,7 @@ fn compare(alias: &str, wanted: impl Fn(&Prompt) -> bool) {
     }
     let (kl, agree) = (kl / positions as f64, agree as f64 / positions as f64);
     eprintln!(
-        "{alias}: f32 within {worst:.1e}; int8 over {positions} positions: mean KL {kl:.5}, top-1 {:.2} %",
+        "{alias}: f32 within {worst:.1e}; fast path over {positions} positions: mean KL {kl:.5}, top-1 {:.2} %",
         100.0 * agree
     );
     assert!(worst <= 1e-3, "{alias}: f32 logits differ by {worst}");

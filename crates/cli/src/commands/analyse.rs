@@ -359,8 +359,12 @@ fn report(args: &HeadsArgs, profile: &HeadProfile, test: &HeadTest) -> Result<()
             "top": &ranking[..ranking.len().min(20)], "agreement": agreement,
         }));
     }
+    let what = match test.name == "eviction" {
+        true => "layers",
+        false => "heads",
+    };
     line(format_args!(
-        "{} of {} runs count, {}-{} tokens; of {} heads {} score 0.1 or more, {} score 0.5 or more",
+        "{} of {} runs count, {}-{} tokens; of {} {what} {} score 0.1 or more, {} score 0.5 or more",
         test.accepted,
         test.runs,
         test.tokens[0],
