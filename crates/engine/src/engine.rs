@@ -343,7 +343,7 @@ impl Engine {
             context: options.context.min(model.spec().context),
             ..options
         };
-        let pace = Pace::of(model.spec());
+        let pace = Pace::of(&model);
         Self {
             model,
             tokenizer,

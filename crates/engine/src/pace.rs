@@ -5,9 +5,9 @@
 //!
 //! A step without prompts takes `step + row * rows + pair * pairs` seconds, `pairs` counting each row with each key it reads. A
 //! chunk of a prompt adds `row * rows + pair * pairs + key * keys`: its rows, its attention, and the keys that it reads once however
-//! many rows it has. Both sums have coefficients of their own, because many rows of one sequence are cheaper than one row of many.
+//! many rows it has; and the first one `chunk`, what it costs to have any: weights that are unpacked for prompts alone. Both sums have coefficients of their own, because many rows of one sequence are cheaper than one row of many.
 
-use antefix_models::spec::ModelSpec;
+use antefix_models::decoder::Model;
 
 /// What a step computes, in the units of the cost model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,8 +42,9 @@ impl Work {
         [1.0, self.decode_rows as f64, self.decode_pairs as f64]
     }
 
-    fn chunk(&self) -> [f64; 3] {
+    fn chunk(&self) -> [f64; 4] {
         [
+            1.0,
             self.prompt_rows as f64,
             self.prompt_pairs as f64,
             self.prompt_keys as f64,
@@ -60,29 +61,30 @@ const ROOM_USED: f64 = 0.9;
 /// The times of past steps, as coefficients.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pace {
-    alone: Coefficients,
-    chunk: Coefficients,
+    alone: Coefficients<3>,
+    chunk: Coefficients<4>,
 }
 
 impl Pace {
     /// A guess for a model with `weights` weights that are multiplied a row, and `attention` products for a row and a key, in all
-    /// layers together. Steps correct it.
-    pub fn new(weights: usize, attention: usize) -> Self {
+    /// layers together. `apart`: prompts are multiplied in an arithmetic of their own. Steps correct it.
+    pub fn new(weights: usize, attention: usize, apart: bool) -> Self {
         // Seconds: weights arrive at 30 GB/s, a core or two multiply 2e11 times a second, keys are two bytes wide.
         let (weights, attention) = (weights as f64, attention as f64);
         let row = weights * 5e-12;
         let pair = attention * 5e-12;
         Self {
             alone: Coefficients::new([weights * 3e-11, row, pair]),
-            chunk: Coefficients::new([row, pair, pair]),
+            chunk: Coefficients::new([weights * if apart { 3e-11 } else { 1e-13 }, row, pair, pair]),
         }
     }
 
-    /// The guess for `spec`.
-    pub fn of(spec: &ModelSpec) -> Self {
+    /// The guess for `model`.
+    pub fn of(model: &Model) -> Self {
+        let spec = model.spec();
         let attention = spec.d_model * (2 * spec.q_dim() + 2 * spec.kv_dim());
         let weights = spec.layers * (attention + 3 * spec.d_model * spec.d_ff) + spec.d_model * spec.vocab;
-        Self::new(weights, spec.layers * 2 * spec.q_dim())
+        Self::new(weights, spec.layers * 2 * spec.q_dim(), model.tells_drawn_apart())
     }
 
     /// Predicted seconds of a step.
@@ -108,18 +110,23 @@ impl Pace {
         }
     }
 
-    /// Predicted seconds that `rows` rows of a prompt with `keys` computed tokens add to a step.
-    pub fn chunk_seconds(&self, rows: usize, keys: usize) -> f64 {
+    /// Predicted seconds that `rows` rows of a prompt with `keys` computed tokens add to a step; `first`: it is the step's first chunk.
+    pub fn chunk_seconds(&self, rows: usize, keys: usize, first: bool) -> f64 {
         let mut work = Work::default();
         work.add(rows, keys, false);
-        self.chunk.sum(work.chunk())
+        let once = if first { 0.0 } else { self.chunk.c[0] };
+        self.chunk.sum(work.chunk()) - once
     }
 
-    /// The most rows of a prompt with `keys` computed tokens that add at most `seconds` to a step, with some reserve; may be 0.
-    pub fn rows_within(&self, seconds: f64, keys: usize) -> usize {
-        let [row, pair, key] = self.chunk.c;
+    /// The most rows of a prompt with `keys` computed tokens that add at most `seconds` to a step, with some reserve; may be 0. The `first`
+    /// chunk of a step has rows worth half of what it costs to have one, at least: with fewer a prompt would pay that many times.
+    pub fn rows_within(&self, seconds: f64, keys: usize, first: bool) -> usize {
+        let [once, row, pair, key] = self.chunk.c;
         let keys = keys as f64;
-        let left = seconds * ROOM_USED - key * keys;
+        let left = match first {
+            true => (seconds * ROOM_USED - once - key * keys).max(once / 2.0),
+            false => seconds * ROOM_USED - key * keys,
+        };
         if left <= 0.0 {
             return 0;
         }
@@ -133,26 +140,26 @@ impl Pace {
     }
 }
 
-/// Three prices that are never negative.
+/// Prices that are never negative.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Coefficients {
-    c: [f64; 3],
+struct Coefficients<const N: usize> {
+    c: [f64; N],
     seen: u32,
 }
 
-impl Coefficients {
-    fn new(c: [f64; 3]) -> Self {
+impl<const N: usize> Coefficients<N> {
+    fn new(c: [f64; N]) -> Self {
         Self { c, seen: 0 }
     }
 
-    fn sum(&self, amounts: [f64; 3]) -> f64 {
+    fn sum(&self, amounts: [f64; N]) -> f64 {
         self.c.iter().zip(amounts).map(|(c, x)| c * x).sum()
     }
 
     /// Scales each price towards what was paid: the one that makes up most of the bill all the way, the others by their share beside
     /// it. One step moves them by a tenth of the difference (the first ones by more), and takes no more than a factor of two for
     /// true: others use the machine, too.
-    fn learn(&mut self, amounts: [f64; 3], paid: f64) {
+    fn learn(&mut self, amounts: [f64; N], paid: f64) {
         let bill = self.sum(amounts);
         if bill <= 0.0 {
             return;
@@ -178,14 +185,18 @@ mod tests {
     /// A machine whose steps take what a formula says, 10 % more or less.
     struct Machine {
         alone: [f64; 3],
-        chunk: [f64; 3],
+        chunk: [f64; 4],
         noise: u64,
     }
 
     impl Machine {
         fn mean(&self, work: &Work) -> f64 {
-            let dot = |c: [f64; 3], x: [f64; 3]| -> f64 { c.iter().zip(x).map(|(c, x)| c * x).sum() };
-            dot(self.alone, work.alone()) + dot(self.chunk, work.chunk())
+            let dot = |c: &[f64], x: &[f64]| -> f64 { c.iter().zip(x).map(|(c, x)| c * x).sum() };
+            let chunk = match work.prompt_rows {
+                0 => 0.0,
+                _ => dot(&self.chunk, &work.chunk()),
+            };
+            dot(&self.alone, &work.alone()) + chunk
         }
 
         fn run(&mut self, work: &Work) -> f64 {
@@ -195,24 +206,25 @@ mod tests {
         }
     }
 
-    /// Machines ten times as slow and as fast as the guess, and one on which keys cost most of all.
-    fn machines() -> [Machine; 3] {
+    /// Machines ten times as slow and as fast as the guess, one on which keys cost most of all, and one that unpacks weights for prompts.
+    fn machines() -> [Machine; 4] {
         let of = |alone, chunk| Machine {
             alone,
             chunk,
             noise: 7,
         };
         [
-            of([40e-3, 5e-3, 1e-6], [5e-3, 2e-6, 1e-6]),
-            of([0.4e-3, 0.05e-3, 1e-8], [0.02e-3, 1e-8, 1e-8]),
-            of([4e-3, 0.4e-3, 1e-7], [0.3e-3, 1e-7, 7e-7]),
+            of([40e-3, 5e-3, 1e-6], [0.0, 5e-3, 2e-6, 1e-6]),
+            of([0.4e-3, 0.05e-3, 1e-8], [0.0, 0.02e-3, 1e-8, 1e-8]),
+            of([4e-3, 0.4e-3, 1e-7], [0.0, 0.3e-3, 1e-7, 7e-7]),
+            of([4e-3, 0.4e-3, 1e-7], [4e-3, 0.2e-3, 1e-8, 1e-7]),
         ]
     }
 
     #[test]
     fn chunks_stay_within_the_factor_once_a_few_steps_were_seen() {
         for mut machine in machines() {
-            let mut pace = Pace::new(135_000_000, 34_560);
+            let mut pace = Pace::new(135_000_000, 34_560, machine.chunk[0] > 0.0);
             let idle = |keys: usize| {
                 let mut work = Work::default();
                 work.add(1, keys, true);
@@ -227,7 +239,7 @@ mod tests {
             while keys < 7168 {
                 let mut work = idle(150 + steps);
                 let base = pace.seconds(&work);
-                let rows = pace.rows_within(2.0 * base, keys).max(1);
+                let rows = pace.rows_within(2.0 * base, keys, true).max(1);
                 work.add(rows, keys, false);
                 let took = machine.run(&work);
                 pace.learn(&work, took);
@@ -252,35 +264,38 @@ mod tests {
 
     #[test]
     fn the_first_chunks_are_short() {
-        let mut pace = Pace::new(1, 1);
-        assert_eq!(pace.rows_within(1.0, 0), FIRST_ROWS);
+        let mut pace = Pace::new(1, 1, false);
+        assert_eq!(pace.rows_within(1.0, 0, true), FIRST_ROWS);
         let mut work = Work::default();
         work.add(1, 0, true);
         work.add(8, 0, false);
         pace.learn(&work, 1e-6);
-        assert!(pace.rows_within(1.0, 0) > 1000);
-        assert_eq!(pace.rows_within(0.0, 0), 0);
+        assert!(pace.rows_within(1.0, 0, true) > 1000);
+        assert_eq!(pace.rows_within(0.0, 0, true), 0);
     }
 
     #[test]
     fn what_fits_takes_as_long_as_was_asked() {
         let pace = Pace {
             chunk: Coefficients {
-                c: [3e-4, 1e-7, 1e-6],
+                c: [2e-3, 3e-4, 1e-7, 1e-6],
                 seen: 9,
             },
-            ..Pace::new(1, 1)
+            ..Pace::new(1, 1, true)
         };
-        for keys in [0, 100, 7000] {
-            let rows = pace.rows_within(0.02, keys);
-            assert!(pace.chunk_seconds(rows, keys) <= 0.02 * ROOM_USED);
-            assert!(pace.chunk_seconds(rows + 2, keys) > 0.02 * ROOM_USED);
+        for (keys, first) in [(0, true), (100, true), (7000, true), (100, false)] {
+            let rows = pace.rows_within(0.02, keys, first);
+            assert!(pace.chunk_seconds(rows, keys, first) <= 0.02 * ROOM_USED);
+            assert!(pace.chunk_seconds(rows + 2, keys, first) > 0.02 * ROOM_USED);
         }
+        // Where not even an empty chunk fits, one that is worth it.
+        assert_eq!(pace.rows_within(1e-3, 0, true), 3);
+        assert_eq!(pace.rows_within(1e-4, 0, false), 0);
     }
 
     #[test]
     fn one_slow_step_changes_little() {
-        let mut pace = Pace::new(1_000_000, 1000);
+        let mut pace = Pace::new(1_000_000, 1000, false);
         let mut work = Work::default();
         work.add(1, 10, true);
         for _ in 0..50 {

@@ -147,10 +147,10 @@ impl<'a> Room<'a> {
     fn take(&mut self, s: &SeqView, share: f64) -> usize {
         let mut tokens = s.pending.min((self.rows as f64 * share).ceil() as usize);
         if let Some(seconds) = &mut self.seconds {
-            let fits = self.pace.rows_within(*seconds * share, s.keys);
+            let fits = self.pace.rows_within(*seconds * share, s.keys, !self.any);
             tokens = tokens.min(fits.max(usize::from(!self.any)));
             if tokens > 0 {
-                *seconds -= self.pace.chunk_seconds(tokens, s.keys);
+                *seconds -= self.pace.chunk_seconds(tokens, s.keys, !self.any);
             }
         }
         self.rows -= tokens;
@@ -173,7 +173,7 @@ mod tests {
     }
 
     fn parts(seqs: &[SeqView]) -> Vec<(u64, usize)> {
-        parts_with(seqs, Beside::Rows(16), &Pace::new(1000, 10))
+        parts_with(seqs, Beside::Rows(16), &Pace::new(1000, 10, false))
     }
 
     fn parts_with(seqs: &[SeqView], beside_decode: Beside, pace: &Pace) -> Vec<(u64, usize)> {
@@ -212,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_factor_bounds_the_predicted_time() {
-        let mut pace = Pace::new(1_000_000, 100);
+        let mut pace = Pace::new(1_000_000, 100, false);
         let mut work = Work::default();
         work.add(1, 50, true);
         pace.learn(&work, 1e-3);
