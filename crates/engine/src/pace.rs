@@ -75,7 +75,10 @@ impl Pace {
         let pair = attention * 5e-12;
         Self {
             alone: Coefficients::new([weights * 3e-11, row, pair]),
-            chunk: Coefficients::new([weights * if apart { 3e-11 } else { 1e-13 }, row, pair, pair]),
+            chunk: match apart {
+                true => Coefficients::new([weights * 6e-11, row * 0.5, pair, pair]),
+                false => Coefficients::new([weights * 1e-13, row, pair, pair]),
+            },
         }
     }
 

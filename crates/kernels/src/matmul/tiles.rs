@@ -47,7 +47,11 @@ pub(super) unsafe fn run(task: &Task<'_>) {
     let blocks = task.acts.blocks();
     UNPACKED.with_borrow_mut(|unpacked| {
         let panel_lines = blocks * TILE_BYTES / LINE;
-        let together = (GROUP_BYTES / (blocks * TILE_BYTES)).clamp(2, 16) & !1;
+        // Rows that are all read at once need no large groups: two panels stay nearer.
+        let together = match task.rows.len() <= 2 * TILE {
+            true => 2,
+            false => (GROUP_BYTES / (blocks * TILE_BYTES)).clamp(2, 16) & !1,
+        };
         for first in task.panels.clone().step_by(together) {
             let panels = first..task.panels.end.min(first + together);
             if unpacked.len() < panels.len() * panel_lines {
