@@ -231,7 +231,18 @@ mod tests {
             (antefix_papers::ALL, Profiles::default()),
         );
         let (dense, kept) = of_answers(&mut host, &Prose::Generated, &text, 32, None).unwrap();
-        assert_eq!((&dense, kept), (&whole[4], 1.0));
+        assert_eq!(
+            (&dense.positions, dense.n, kept),
+            (&whole[4].positions, whole[4].n, 1.0)
+        );
+        match model.tells_drawn_apart() {
+            true => assert!(
+                (dense.nll - whole[4].nll).abs() < 0.01,
+                "{dense:?} {:?}",
+                whole[4]
+            ),
+            false => assert_eq!(dense, whole[4]),
+        }
         let cut = host.install(&["streaming_llm,sinks=4,budget=36"]).unwrap();
         let (cut, kept) = of_answers(&mut host, &Prose::Generated, &text, 32, Some(&cut)).unwrap();
         assert!(kept < 0.9 && cut.nll != dense.nll, "{kept} {cut:?}");
