@@ -170,14 +170,19 @@ unsafe fn group(task: &Task<'_>, panels: Range<usize>, base: *const u8) {
                 let a = x.add((from + tile) * blocks * TILE_BYTES);
                 let b = base.add(panel * blocks * TILE_BYTES);
                 let step = blocks * TILE_BYTES;
-                match (t, p) {
-                    (2, 2) => {
+                // A panel without a second one stands for both: its sums are computed twice and stored once.
+                let next = if p == 2 { step } else { 0 };
+                match t {
+                    2 => {
                         let (y, _) = task.place(task.rows.start + tile * TILE, panels.start + panel);
-                        products_2x2((a, b), step, blocks, (y.cast(), 4 * task.matrix.n));
+                        products_2x2(
+                            (a, a.add(step)),
+                            (b, b.add(next)),
+                            blocks,
+                            (y.cast(), 4 * task.matrix.n),
+                        );
                     }
-                    (2, _) => products_2x1(a, b, step, blocks),
-                    (_, 2) => products_1x2(a, b, step, blocks),
-                    _ => products_1x1(a, b, blocks),
+                    _ => products_1x2(a, (b, b.add(next)), blocks),
                 }
                 for i in [0, 1, 2, 3] {
                     if i / 2 >= t || i % 2 >= p {
@@ -236,15 +241,15 @@ unsafe fn store(i: usize, to: *mut u8, stride: usize) {
     }
 }
 
-/// Sums over `blocks` blocks of two row tiles, `step` bytes apart, and two panels, `step` bytes apart. The lines that the sums will be stored
+/// Sums over `blocks` blocks of two row tiles and two panels. The lines that the sums will be stored
 /// to, `stride` bytes from row to row, are asked for meanwhile: else the stores wait for them.
 ///
 /// # Safety
 /// Tiles are configured as [`shapes`] says; all blocks are there.
 #[inline]
 unsafe fn products_2x2(
-    (a, b): (*const u8, *const u8),
-    step: usize,
+    a: (*const u8, *const u8),
+    b: (*const u8, *const u8),
     blocks: usize,
     (y, stride): (*mut u8, usize),
 ) {
@@ -276,10 +281,10 @@ unsafe fn products_2x2(
             "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
-            a0 = inout(reg) a => _,
-            a1 = inout(reg) a.add(step) => _,
-            b0 = inout(reg) b => _,
-            b1 = inout(reg) b.add(step) => _,
+            a0 = inout(reg) a.0 => _,
+            a1 = inout(reg) a.1 => _,
+            b0 = inout(reg) b.0 => _,
+            b1 = inout(reg) b.1 => _,
             y0 = inout(reg) y => _,
             y1 = inout(reg) y.wrapping_add(TILE * stride) => _,
             stride = in(reg) stride,
@@ -292,45 +297,12 @@ unsafe fn products_2x2(
     }
 }
 
-/// As [`products_2x2`], of two row tiles and one panel.
-///
-/// # Safety
-/// As there.
-#[inline]
-unsafe fn products_2x1(a: *const u8, b: *const u8, step: usize, blocks: usize) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm2",
-            "2:",
-            "tileloadd tmm4, [{a0} + {line} * 1]",
-            "tileloadd tmm6, [{b0} + {line} * 1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{a1} + {line} * 1]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "add {a0}, 1024",
-            "add {a1}, 1024",
-            "add {b0}, 1024",
-            "dec {n}",
-            "jnz 2b",
-            a0 = inout(reg) a => _,
-            a1 = inout(reg) a.add(step) => _,
-            b0 = inout(reg) b => _,
-            n = inout(reg) blocks => _,
-            line = in(reg) LINE,
-            out("tmm0") _, out("tmm2") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
-            options(nostack, readonly),
-        );
-    }
-}
-
 /// As [`products_2x2`], of one row tile and two panels.
 ///
 /// # Safety
 /// As there.
 #[inline]
-unsafe fn products_1x2(a: *const u8, b: *const u8, step: usize, blocks: usize) {
+unsafe fn products_1x2(a: *const u8, b: (*const u8, *const u8), blocks: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
@@ -348,39 +320,11 @@ unsafe fn products_1x2(a: *const u8, b: *const u8, step: usize, blocks: usize) {
             "dec {n}",
             "jnz 2b",
             a0 = inout(reg) a => _,
-            b0 = inout(reg) b => _,
-            b1 = inout(reg) b.add(step) => _,
+            b0 = inout(reg) b.0 => _,
+            b1 = inout(reg) b.1 => _,
             n = inout(reg) blocks => _,
             line = in(reg) LINE,
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, readonly),
-        );
-    }
-}
-
-/// As [`products_2x2`], of one row tile and one panel.
-///
-/// # Safety
-/// As there.
-#[inline]
-unsafe fn products_1x1(a: *const u8, b: *const u8, blocks: usize) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "2:",
-            "tileloadd tmm4, [{a0} + {line} * 1]",
-            "tileloadd tmm6, [{b0} + {line} * 1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "add {a0}, 1024",
-            "add {b0}, 1024",
-            "dec {n}",
-            "jnz 2b",
-            a0 = inout(reg) a => _,
-            b0 = inout(reg) b => _,
-            n = inout(reg) blocks => _,
-            line = in(reg) LINE,
-            out("tmm0") _, out("tmm4") _, out("tmm6") _,
             options(nostack, readonly),
         );
     }
