@@ -228,6 +228,14 @@ impl Seq {
         })
     }
 
+    /// How many of its computed tokens are what another request's prompt would be: not the drawn ones if they are told `apart`.
+    fn reusable(&self, apart: bool) -> usize {
+        match apart {
+            true => self.done().min(self.prompt),
+            false => self.done(),
+        }
+    }
+
     /// Whether its next rows are of drawn tokens.
     fn drawn(&self) -> bool {
         self.done() >= self.prompt
@@ -639,8 +647,7 @@ impl Engine {
             }
             if done >= seq.course.border() {
                 if !seq.job.no_cache {
-                    let reusable = if apart { done.min(seq.prompt) } else { done };
-                    keep_prefix(&mut self.cache, &mut self.pool, seq, reusable);
+                    keep_prefix(&mut self.cache, &mut self.pool, seq, seq.reusable(apart));
                 }
                 deciding.push(seq.id);
             }
@@ -963,18 +970,10 @@ impl Engine {
         Ok(())
     }
 
-    /// How many of its computed tokens are what another request's prompt would be: not the drawn ones where those differ.
-    fn reusable(&self, seq: &Seq) -> usize {
-        match self.model.tells_drawn_apart() {
-            true => seq.done().min(seq.prompt),
-            false => seq.done(),
-        }
-    }
-
     fn preempt(&mut self, at: usize) {
         let mut seq = self.running.remove(at);
         if !seq.job.no_cache {
-            let reusable = self.reusable(&seq);
+            let reusable = seq.reusable(self.model.tells_drawn_apart());
             keep_prefix(&mut self.cache, &mut self.pool, &seq, reusable);
         }
         let kv = std::mem::replace(&mut seq.kv, SeqState::new(self.pool.shape()));
@@ -1039,7 +1038,7 @@ impl Engine {
         });
         // The answer is the start of the next turn's prompt.
         if done != Done::Failed && seq.done() >= seq.prompt && !seq.job.no_cache {
-            let reusable = self.reusable(&seq);
+            let reusable = seq.reusable(self.model.tells_drawn_apart());
             keep_prefix(&mut self.cache, &mut self.pool, &seq, reusable);
             if reusable < seq.done() && plain {
                 let known = &seq.tokens[..seq.done()];
