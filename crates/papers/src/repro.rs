@@ -207,6 +207,21 @@ pub struct Reuse {
     pub top1: f64,
 }
 
+#[cfg(test)]
+impl Reuse {
+    /// For tests of rules: only these figures count.
+    pub(crate) fn made_up(tokens: usize, speedup: f64, kl: f64) -> Self {
+        Self {
+            way: String::new(),
+            tokens,
+            ttft_s: 1.0 / speedup,
+            speedup,
+            kl,
+            top1: 1.0,
+        }
+    }
+}
+
 /// A measurement of heads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeadSearch {
@@ -337,6 +352,30 @@ pub fn find(all: &[&'static Repro], slug: &str) -> Result<&'static Repro, String
             names.join(", ")
         )
     })
+}
+
+/// Each method of `names` alone, as [`Option::as_slice`] makes a [`Way`] of it; `dense` is none.
+pub fn alone(names: &[String]) -> Vec<Option<&str>> {
+    names
+        .iter()
+        .map(|name| (name != "dense").then_some(name.as_str()))
+        .collect()
+}
+
+/// A model that finds less than this without any method has nothing to lose.
+const LEAST_RECALL: f64 = 0.5;
+
+/// Whether `recall` of the dense model is worth comparing with; `what` names it in the error.
+///
+/// # Errors
+/// When it is not.
+pub fn enough(what: &str, recall: f64) -> Result<(), LabError> {
+    match recall < LEAST_RECALL {
+        true => Err(LabError::Model(format!(
+            "{what} is {recall:.2}, below {LEAST_RECALL}"
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// Mean; 0 of nothing.

@@ -70,21 +70,10 @@ fn judge(ape: &Reuse, plain: &Reuse) -> Judgement {
 mod tests {
     use super::*;
 
-    fn reuse(tokens: usize, speedup: f64, kl: f64) -> Reuse {
-        Reuse {
-            way: String::new(),
-            tokens,
-            ttft_s: 1.0 / speedup,
-            speedup,
-            kl,
-            top1: 1.0,
-        }
-    }
-
     #[test]
     fn speed_and_quality_are_the_two_parts() {
-        let plain = reuse(2048, 9.9, 1.0);
-        let verdict = |speedup, kl| judge(&reuse(2048, speedup, kl), &plain).verdict;
+        let plain = Reuse::made_up(2048, 9.9, 1.0);
+        let verdict = |speedup, kl| judge(&Reuse::made_up(2048, speedup, kl), &plain).verdict;
         assert_eq!(verdict(7.0, 0.9), Verdict::Reproduced);
         assert_eq!(verdict(6.9, 0.9), Verdict::Partly);
         assert_eq!(verdict(7.0, 0.91), Verdict::Partly);
@@ -93,11 +82,14 @@ mod tests {
 
     #[test]
     fn long_prompts_are_held_to_the_paper_s_figure() {
-        let plain = reuse(64_000, 30.0, 1.0);
+        let plain = Reuse::made_up(64_000, 30.0, 1.0);
         assert_eq!(
-            judge(&reuse(64_000, 28.0, 0.5), &plain).verdict,
+            judge(&Reuse::made_up(64_000, 28.0, 0.5), &plain).verdict,
             Verdict::Reproduced
         );
-        assert_eq!(judge(&reuse(64_000, 27.9, 0.5), &plain).verdict, Verdict::Partly);
+        assert_eq!(
+            judge(&Reuse::made_up(64_000, 27.9, 0.5), &plain).verdict,
+            Verdict::Partly
+        );
     }
 }

@@ -75,21 +75,14 @@ fn judge(blend: &Reuse, [reuse, half, all]: &[Reuse; 3]) -> Judgement {
 mod tests {
     use super::*;
 
-    fn reuse(speedup: f64, kl: f64) -> Reuse {
-        Reuse {
-            way: String::new(),
-            tokens: 100,
-            ttft_s: 1.0 / speedup,
-            speedup,
-            kl,
-            top1: 1.0,
-        }
-    }
-
     #[test]
     fn speed_and_quality_are_the_two_parts() {
-        let others = [reuse(9.0, 0.4), reuse(1.5, 0.1), reuse(1.0, 0.0)];
-        let verdict = |speedup, kl| judge(&reuse(speedup, kl), &others).verdict;
+        let others = [
+            Reuse::made_up(100, 9.0, 0.4),
+            Reuse::made_up(100, 1.5, 0.1),
+            Reuse::made_up(100, 1.0, 0.0),
+        ];
+        let verdict = |speedup, kl| judge(&Reuse::made_up(100, speedup, kl), &others).verdict;
         assert_eq!(verdict(2.2, 0.2), Verdict::Reproduced);
         assert_eq!(verdict(2.19, 0.2), Verdict::Partly);
         assert_eq!(verdict(2.2, 0.21), Verdict::Partly);

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::repro::{
     Belief, HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2, Scale,
-    Verdict, mean, row,
+    Verdict, Way, alone, enough, mean, row,
 };
 
 /// The claim.
@@ -22,7 +22,6 @@ pub static REPRO: Repro = Repro {
 const OF_DENSE: f64 = 0.95;
 const OVER_STREAMING: f64 = 0.1;
 const ERRORS: f64 = 2.0;
-const LEAST_RECALL: f64 = 0.5;
 
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let search = HeadSearch {
@@ -54,24 +53,10 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         format!("snapkv,budget={budget}"),
         format!("h2o,budget={budget}"),
     ];
-    let ways: Vec<Vec<&str>> = names
-        .iter()
-        .map(|n| {
-            if n == "dense" {
-                Vec::new()
-            } else {
-                vec![n.as_str()]
-            }
-        })
-        .collect();
-    let ways: Vec<&[&str]> = ways.iter().map(Vec::as_slice).collect();
+    let ways = alone(&names);
+    let ways: Vec<Way<'_>> = ways.iter().map(Option::as_slice).collect();
     let found = lab.recall(&quiz, &ways)?;
-    if found[0].accuracy < LEAST_RECALL {
-        return Err(LabError::Model(format!(
-            "dense recall is {:.2}, below {LEAST_RECALL}",
-            found[0].accuracy
-        )));
-    }
+    enough("dense recall", found[0].accuracy)?;
     let beliefs = lab.beliefs(&quiz, &ways[..4])?;
     let mut rows: Vec<_> = found
         .iter()

@@ -3,7 +3,8 @@
 use serde_json::json;
 
 use crate::repro::{
-    HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2, Scale, Verdict, row,
+    HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2, Scale, Verdict,
+    Way, alone, enough, row,
 };
 
 /// The claim.
@@ -21,7 +22,6 @@ pub static REPRO: Repro = Repro {
 const KEPT: f64 = 0.35;
 const LOSS: f64 = 0.05;
 const OVER: f64 = 0.1;
-const LEAST_RECALL: f64 = 0.5;
 
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let length = scale.pick(2048, 4096);
@@ -54,25 +54,11 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         razor("induction=0.3,"),
         razor("induction=0.5,"),
     ];
-    let ways: Vec<Vec<&str>> = names
-        .iter()
-        .map(|n| {
-            if n == "dense" {
-                Vec::new()
-            } else {
-                vec![n.as_str()]
-            }
-        })
-        .collect();
-    let ways: Vec<&[&str]> = ways.iter().map(Vec::as_slice).collect();
+    let ways = alone(&names);
+    let ways: Vec<Way<'_>> = ways.iter().map(Option::as_slice).collect();
     let found = lab.recall(&quiz, &ways)?;
     let (dense, ours, streaming) = (&found[0], &found[1], &found[2]);
-    if dense.accuracy < LEAST_RECALL {
-        return Err(LabError::Model(format!(
-            "dense recall is {:.2}, below {LEAST_RECALL}",
-            dense.accuracy
-        )));
-    }
+    enough("dense recall", dense.accuracy)?;
     let mut judgement = judge(dense, ours, streaming);
     judgement.why += &format!(
         "; snapkv {:.2}, random {:.2}; with more heads {:.2} at {:.2} of the bytes, {:.2} at {:.2}",
