@@ -25,8 +25,20 @@ impl MethodArgs {
     /// # Errors
     /// When a name or a knob is wrong, the methods do not go together, or do not fit the model.
     pub(crate) fn program(&self, model: &Model) -> Result<Option<Arc<Program>>, Failure> {
+        self.program_with(model, None)
+    }
+
+    /// The same with one more method, if there is one.
+    ///
+    /// # Errors
+    /// As [`MethodArgs::program`].
+    pub(crate) fn program_with(
+        &self,
+        model: &Model,
+        more: Option<&str>,
+    ) -> Result<Option<Arc<Program>>, Failure> {
         let mut raw = RawMethods::default();
-        for text in &self.methods {
+        for text in self.methods.iter().map(String::as_str).chain(more) {
             raw.add(ALL, text).map_err(Failure::input)?;
         }
         let chosen = raw.resolve(ALL, Trust::Local).map_err(Failure::input)?;

@@ -9,6 +9,7 @@ pub mod host;
 pub mod likelihood;
 pub mod load;
 pub mod logits;
+pub mod parallel;
 pub mod perplexity;
 pub mod plot;
 pub mod repro;

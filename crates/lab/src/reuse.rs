@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use antefix_attention::{ChunkUse, Extra};
-use antefix_engine::{Library, Provenance, ReuseError};
+use antefix_engine::{Library, Provenance, ReuseError, argmax};
 use antefix_kv::{ChunkStore, Fingerprint, Policy, Pool, SeqState};
 use antefix_models::decoder::{EncodeError, Input, Model, Scratch};
 use antefix_models::tokenizer::{Specials, Tokenizer};
@@ -40,6 +40,8 @@ pub struct Sizes {
     pub tokens: usize,
     /// Tokens of the question; 40 or more.
     pub question: usize,
+    /// Tokens of the answer, drawn greedily once the first is timed.
+    pub answer: usize,
 }
 
 impl Documents {
@@ -130,6 +132,10 @@ pub struct Row {
     pub ttft_s: f64,
     /// How many times faster than full prefill: median of pairs that ran one after the other.
     pub speedup: f64,
+    /// Seconds to the last token of the answer, median.
+    pub end_s: f64,
+    /// How many times faster than full prefill and the same answer, likewise.
+    pub end_speedup: f64,
     /// Rows computed, of those that full prefill computes behind the prefix, summed over the layers.
     pub fresh: f64,
     /// Document tokens whose rows were found, of all.
@@ -148,9 +154,11 @@ pub struct Bench {
     scratch: Scratch,
 }
 
-/// Time and logits of one prompt.
+/// Times and logits of one prompt.
 struct Answer {
     seconds: f64,
+    /// Seconds to the last token that was drawn.
+    end: f64,
     /// `[scored, vocab]`.
     logits: Vec<f32>,
     provenance: Provenance,
@@ -198,11 +206,12 @@ impl Bench {
             self.ingest(&made)?;
             let prompt = made.shuffled(&mut rng);
             tokens = prompt.tokens.len();
-            full_times.push(self.answer(&Way::Full, &prompt, 1)?.seconds);
-            let dense = self.answer(&Way::Full, &prompt, SCORED)?.logits;
+            let full = self.answer(&Way::Full, &prompt, 1, sizes.answer)?;
+            full_times.push([full.seconds, full.end]);
+            let dense = self.logits(&Way::Full, &prompt)?;
             for (way, answers) in ways.iter().zip(&mut answers) {
-                let timed = self.answer(way, &prompt, 1)?;
-                let scored = self.answer(way, &prompt, SCORED)?.logits;
+                let timed = self.answer(way, &prompt, 1, sizes.answer)?;
+                let scored = self.logits(way, &prompt)?;
                 let (kl, top1) = distance(&dense, &scored, self.model.spec().vocab);
                 answers.push((timed, kl, top1));
             }
@@ -213,6 +222,31 @@ impl Bench {
             .zip(answers)
             .map(|(way, answers)| row(way.name(), tokens, &answers, &full_times))
             .collect())
+    }
+
+    /// Mean KL divergence of each way from full prefill over the last tokens of `prompt`, nats.
+    ///
+    /// # Errors
+    /// When the model fails or there is no room.
+    pub fn divergences(&mut self, prompt: &Documents, ways: &[Way]) -> Result<Vec<f64>, ReuseError> {
+        self.ingest(prompt)?;
+        let vocab = self.model.spec().vocab;
+        let dense = self.logits(&Way::Full, prompt)?;
+        let found = ways
+            .iter()
+            .map(|way| Ok(distance(&dense, &self.logits(way, prompt)?, vocab).0))
+            .collect();
+        self.forget();
+        found
+    }
+
+    /// Logits of the last tokens of `prompt`, at most those of its question, `[tokens, vocab]`.
+    ///
+    /// # Errors
+    /// When the model fails or there is no room.
+    pub fn logits(&mut self, way: &Way, prompt: &Documents) -> Result<Vec<f32>, ReuseError> {
+        let question = prompt.tokens.len() - prompt.places.last().map_or(0, |p| p.end);
+        Ok(self.answer(way, prompt, SCORED.min(question), 0)?.logits)
     }
 
     /// Seconds to the first token of the same documents in `orders` random orders, one after the other, and the fraction of document
@@ -232,7 +266,7 @@ impl Bench {
         self.ingest(&made)?;
         let times = (0..orders)
             .map(|_| {
-                let answer = self.answer(way, &made.shuffled(&mut rng), 1)?;
+                let answer = self.answer(way, &made.shuffled(&mut rng), 1, 0)?;
                 Ok((answer.seconds, hits(&answer.provenance)))
             })
             .collect();
@@ -255,9 +289,9 @@ impl Bench {
         self.ingest(&made)?;
         let (mut memory, mut disk) = (Vec::new(), Vec::new());
         for _ in 0..repeats {
-            memory.push(self.answer(way, &made, 1)?.seconds);
+            memory.push(self.answer(way, &made, 1, 0)?.seconds);
             self.forget();
-            disk.push(self.answer(way, &made, 1)?.seconds);
+            disk.push(self.answer(way, &made, 1, 0)?.seconds);
         }
         Ok((median(&memory), median(&disk)))
     }
@@ -277,59 +311,71 @@ impl Bench {
         self.library().ingest(prefix, &documents, 0).map(drop)
     }
 
-    /// Answers a prompt, with the logits of its last `scored` tokens.
-    fn answer(&mut self, way: &Way, prompt: &Documents, scored: usize) -> Result<Answer, ReuseError> {
+    /// Answers a prompt with `drawn` greedy tokens; with the logits of the prompt's last `scored` tokens.
+    fn answer(
+        &mut self,
+        way: &Way,
+        prompt: &Documents,
+        scored: usize,
+        drawn: usize,
+    ) -> Result<Answer, ReuseError> {
         let tokens = &prompt.tokens;
         let last = tokens.len() - scored;
         let mut logits = Vec::new();
+        let (start, mut state, provenance);
         match way {
             Way::Reuse { how, name } => {
-                let start = Instant::now();
+                start = Instant::now();
                 let policy = Policy::new(name);
-                let (mut state, provenance) =
+                (state, provenance) =
                     self.library()
                         .start(tokens, &prompt.places, (how.as_ref(), &policy), 0, scored)?;
-                self.feed(&mut state, &tokens[last..], Some(&mut logits))?;
-                let seconds = start.elapsed().as_secs_f64();
-                state.release(&mut self.pool);
-                Ok(Answer {
-                    seconds,
-                    logits,
-                    provenance,
-                })
             }
             Way::Full | Way::Prefix => {
-                let mut state = SeqState::new(self.pool.shape());
+                state = SeqState::new(self.pool.shape());
                 let cached = match way {
                     Way::Prefix => prompt.places[0].end,
                     _ => 0,
                 };
-                self.feed(&mut state, &tokens[..cached], None)?;
-                let start = Instant::now();
-                self.feed(&mut state, &tokens[cached..last], None)?;
-                self.feed(&mut state, &tokens[last..], Some(&mut logits))?;
-                let seconds = start.elapsed().as_secs_f64();
-                state.release(&mut self.pool);
+                self.feed(&mut state, &tokens[..cached], false, None)?;
+                start = Instant::now();
+                self.feed(&mut state, &tokens[cached..last], false, None)?;
                 let rows = tokens.len() - prompt.places[0].start;
                 let fresh = tokens.len() - cached.max(prompt.places[0].start);
-                Ok(Answer {
-                    seconds,
-                    logits,
-                    provenance: Provenance {
-                        fresh_rows: fresh,
-                        all_rows: rows,
-                        ..Provenance::default()
-                    },
-                })
+                provenance = Provenance {
+                    fresh_rows: fresh,
+                    all_rows: rows,
+                    ..Provenance::default()
+                };
             }
         }
+        self.feed(&mut state, &tokens[last..], false, Some(&mut logits))?;
+        let seconds = start.elapsed().as_secs_f64();
+        let vocab = self.model.spec().vocab;
+        let mut next = argmax(&logits[logits.len() - vocab..]);
+        let mut row = Vec::new();
+        // The first token came with the prompt.
+        for _ in 1..drawn {
+            row.clear();
+            self.feed(&mut state, &[next], true, Some(&mut row))?;
+            next = argmax(&row);
+        }
+        let end = start.elapsed().as_secs_f64();
+        state.release(&mut self.pool);
+        Ok(Answer {
+            seconds,
+            end,
+            logits,
+            provenance,
+        })
     }
 
-    /// Computes `tokens` at the end of `state`, with their logits if they are wanted.
+    /// Computes `tokens` at the end of `state`, with their logits if they are wanted. `drawn`: the model drew them.
     fn feed(
         &mut self,
         state: &mut SeqState,
         tokens: &[u32],
+        drawn: bool,
         mut logits: Option<&mut Vec<f32>>,
     ) -> Result<(), ReuseError> {
         self.pool.reserve(&mut state.tail, tokens.len())?;
@@ -338,7 +384,7 @@ impl Bench {
                 tokens: step,
                 kv: &state.tail,
                 logits: if logits.is_some() { step.len() } else { 0 },
-                drawn: false,
+                drawn,
                 extra: Extra::of(state),
             };
             let mut nothing = Vec::new();
@@ -356,19 +402,20 @@ fn hits(p: &Provenance) -> f64 {
     p.found as f64 / (p.found + p.encoded).max(1) as f64
 }
 
-fn row(way: &str, tokens: usize, answers: &[(Answer, f64, f64)], full: &[f64]) -> Row {
+fn row(way: &str, tokens: usize, answers: &[(Answer, f64, f64)], full: &[[f64; 2]]) -> Row {
     let all = |f: &dyn Fn(&(Answer, f64, f64)) -> f64| answers.iter().map(f).collect::<Vec<f64>>();
     let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
-    let pairs: Vec<f64> = answers
-        .iter()
-        .zip(full)
-        .map(|(a, full)| full / a.0.seconds)
-        .collect();
+    let faster = |which: usize, of: fn(&Answer) -> f64| {
+        let pairs = answers.iter().zip(full);
+        median(&pairs.map(|(a, full)| full[which] / of(&a.0)).collect::<Vec<_>>())
+    };
     Row {
         way: way.to_string(),
         tokens,
         ttft_s: median(&all(&|a| a.0.seconds)),
-        speedup: median(&pairs),
+        speedup: faster(0, |a| a.seconds),
+        end_s: median(&all(&|a| a.0.end)),
+        end_speedup: faster(1, |a| a.end),
         fresh: mean(all(&|a| {
             a.0.provenance.fresh_rows as f64 / a.0.provenance.all_rows.max(1) as f64
         })),

@@ -184,6 +184,8 @@ pub struct Library {
     pub tokens: usize,
     /// Tokens of the question.
     pub question: usize,
+    /// Tokens of the answer.
+    pub answer: usize,
     /// Prompts, each with its documents in an order of its own.
     pub prompts: usize,
     /// Decides texts and orders.
@@ -201,6 +203,10 @@ pub struct Reuse {
     pub ttft_s: f64,
     /// Times faster than full prefill: median of pairs that ran one after the other.
     pub speedup: f64,
+    /// Median seconds to the last token of the answer.
+    pub end_s: f64,
+    /// Times faster than full prefill and the same answer, likewise.
+    pub end_speedup: f64,
     /// Mean KL divergence from full prefill over the last tokens of the prompts, nats.
     pub kl: f64,
     /// Share of these tokens with the same most likely token.
@@ -216,6 +222,8 @@ impl Reuse {
             tokens,
             ttft_s: 1.0 / speedup,
             speedup,
+            end_s: 2.0 / speedup,
+            end_speedup: speedup,
             kl,
             top1: 1.0,
         }
@@ -386,6 +394,14 @@ pub fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
     sum / n.max(1) as f64
 }
 
+/// Mean and its standard error; 0 and 0 of nothing.
+pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
+    let middle = mean(values.iter().copied());
+    let variance =
+        values.iter().map(|x| (x - middle).powi(2)).sum::<f64>() / (values.len().max(2) - 1) as f64;
+    (middle, (variance / values.len().max(1) as f64).sqrt())
+}
+
 /// A row of `rows`: what was measured, with names beside it.
 pub fn row(names: Value, measured: &impl Serialize) -> Value {
     let mut row = names;
@@ -449,6 +465,17 @@ mod tests {
         assert_eq!(Verdict::of(&[true, true]), Verdict::Reproduced);
         assert_eq!(Verdict::of(&[false, true]), Verdict::Partly);
         assert_eq!(Verdict::of(&[false]), Verdict::Not);
+    }
+
+    #[test]
+    fn the_error_is_that_of_the_mean() {
+        let (middle, error) = mean_and_error(&[1.0, 2.0, 3.0, 4.0]);
+        assert!((middle - 2.5).abs() < 1e-12);
+        assert!((error - (5.0f64 / 3.0 / 4.0).sqrt()).abs() < 1e-12);
+        assert_eq!(
+            (mean_and_error(&[]), mean_and_error(&[7.0])),
+            ((0.0, 0.0), (7.0, 0.0))
+        );
     }
 
     #[test]

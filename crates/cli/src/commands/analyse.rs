@@ -3,10 +3,10 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use antefix_lab::attention::{HeadSummary, summaries};
+use antefix_lab::attention::{HeadSummary, SinkMap, summaries};
 use antefix_lab::heads::{
     Cut, MaskCurve, NeedleRun, NeedleRuns, Pattern, Search, Subject, calibration, eviction, heat_map,
-    masking, pattern, retrieval,
+    mask_plot, masking, pattern, retrieval,
 };
 use antefix_models::tokenizer::Specials;
 use antefix_papers::act::sinks::Rule;
@@ -20,6 +20,8 @@ use super::{json_line, line};
 use crate::failure::Failure;
 use crate::model::{self, ModelArgs, RunArgs};
 
+mod ape;
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -32,6 +34,8 @@ enum What {
     Attention(AttentionArgs),
     /// Which heads retrieve, copy or sink: a profile that methods choose heads by
     Heads(HeadsArgs),
+    /// Which temperature and scale of method ape suit a model and its prompts
+    Ape(ape::Args),
 }
 
 #[derive(clap::Args)]
@@ -57,6 +61,9 @@ struct AttentionArgs {
     /// A picture of the mass on sinks, SVG
     #[arg(long, value_name = "FILE")]
     heat_map: Option<PathBuf>,
+    /// A picture of the mass on hidden sinks (method act), SVG; then also how many heads have some, and which texts they are
+    #[arg(long, value_name = "FILE")]
+    sink_map: Option<PathBuf>,
     /// One JSON object a head
     #[arg(long)]
     json: bool,
@@ -113,6 +120,9 @@ struct HeadsArgs {
     /// Even attention (uniform) or no output (zero)
     #[arg(long, default_value = "uniform")]
     mask_mode: Mask,
+    /// A picture of that experiment: recall against the number of heads off, SVG
+    #[arg(long, value_name = "FILE", requires = "mask")]
+    mask_plot: Option<PathBuf>,
     /// JSON lines
     #[arg(long)]
     json: bool,
@@ -122,6 +132,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     match &args.what {
         What::Attention(args) => attention(args),
         What::Heads(args) => heads(args),
+        What::Ape(args) => ape::run(args),
     }
 }
 
@@ -154,14 +165,19 @@ fn attention(args: &AttentionArgs) -> Result<(), Failure> {
         args.top,
     )
     .map_err(Failure::input)?;
-    if let Some(file) = &args.heat_map {
+    let picture = |title: &str, of: fn(&HeadSummary) -> f64| {
         let spec = subject.model.spec();
         let mut table = vec![vec![0.0; spec.heads]; spec.layers];
         for s in &all {
-            table[s.layer][s.head] = s.sink as f32;
+            table[s.layer][s.head] = of(s) as f32;
         }
-        let title = format!("{}: mass on the first tokens", subject.name);
-        write(file, &heat_map(&title, &table).map_err(Failure::other)?)?;
+        heat_map(&format!("{}: {title}", subject.name), &table).map_err(Failure::other)
+    };
+    if let Some(file) = &args.heat_map {
+        write(file, &picture("mass on the first tokens", |s| s.sink)?)?;
+    }
+    if let Some(file) = &args.sink_map {
+        write(file, &picture("mass on hidden sinks", HeadSummary::hidden_mass)?)?;
     }
     if !args.json {
         line(format_args!(
@@ -175,7 +191,20 @@ fn attention(args: &AttentionArgs) -> Result<(), Failure> {
             line(format_args!("{}", row(s)))?;
         }
     }
-    Ok(())
+    if args.sink_map.is_none() {
+        return Ok(());
+    }
+    let map = SinkMap::new(&all, 20);
+    if args.json {
+        return json_line(&map);
+    }
+    let texts: Vec<String> = map.texts.iter().map(|(t, n)| format!("{t:?} {n}")).collect();
+    line(format_args!(
+        "{} of {} heads have hidden sinks: {}",
+        map.with_hidden_sinks,
+        map.heads,
+        texts.join(", ")
+    ))
 }
 
 fn row(s: &HeadSummary) -> String {
@@ -401,6 +430,10 @@ fn mask(args: &HeadsArgs, subject: &Subject, test: &HeadTest, runs: &NeedleRuns)
     let points =
         masking(subject, test, &curve, &mut |done| bar.set_position(done as u64)).map_err(Failure::input)?;
     bar.finish_and_clear();
+    if let Some(file) = &args.mask_plot {
+        let title = format!("{}: heads of `{}` switched off", subject.name, test.name);
+        write(file, &mask_plot(&title, &points).map_err(Failure::other)?)?;
+    }
     for p in points {
         if args.json {
             json_line(

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use antefix_attention::ChunkUse;
 use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
 use antefix_kv::Pool;
+use antefix_lab::median;
 use antefix_lab::reuse::{Bench, Row, Sizes, Way};
 use antefix_papers::ALL;
 use anyhow::anyhow;
@@ -39,6 +40,9 @@ pub(crate) struct Args {
     /// Tokens of the question
     #[arg(long, default_value_t = 64)]
     question: usize,
+    /// Tokens of the answer, for the time to its end
+    #[arg(long, default_value_t = 32)]
+    answer: usize,
     /// Prompts, each in an order of its own
     #[arg(long, default_value_t = 3)]
     prompts: usize,
@@ -61,8 +65,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         documents: args.documents,
         tokens: args.tokens,
         question: args.question,
+        answer: args.answer,
     };
-    let all = sizes.documents * sizes.tokens + sizes.question + 64;
+    let all = sizes.documents * sizes.tokens + sizes.question + sizes.answer + 64;
     if sizes.documents == 0 || sizes.tokens < 16 || sizes.question < 48 || args.prompts == 0 {
         return Err(Failure::Input(anyhow!(
             "too little text\nhint: at least 1 document of 16 tokens, a question of 48 and 1 prompt"
@@ -114,6 +119,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
                 ))?,
             }
         }
+        decay(args, &times)?;
     }
     if args.folder.is_some() {
         let (memory, disk) = bench
@@ -131,21 +137,42 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Whether the later orders are as fast and as much reused as the earlier ones.
+fn decay(args: &Args, times: &[(f64, f64)]) -> Result<(), Failure> {
+    let of = |part: &[(f64, f64)]| median(&part.iter().map(|t| t.0).collect::<Vec<_>>());
+    let (early, late) = times.split_at(times.len() / 2);
+    let (early, late) = (of(early), of(late));
+    let least = times.iter().map(|t| t.1).fold(1.0, f64::min);
+    if args.json {
+        return json_line(&serde_json::json!({
+            "orders": times.len(), "early_half_s": early, "late_half_s": late, "least_hits": least,
+        }));
+    }
+    line(format_args!(
+        "{} orders: median {:.1} ms in the first half, {:.1} ms in the second; hits never below {least:.3}",
+        times.len(),
+        early * 1e3,
+        late * 1e3
+    ))
+}
+
 fn table(args: &Args, rows: &[Row]) -> Result<(), Failure> {
     if args.json {
         return rows.iter().try_for_each(json_line);
     }
     let width = rows.iter().map(|r| r.way.len()).max().unwrap_or(0);
     line(format_args!(
-        "{:width$}  {:>9}  {:>7}  {:>6}  {:>5}  {:>8}  {:>6}",
-        "", "TTFT ms", "faster", "rows", "hits", "KL nats", "top-1"
+        "{:width$}  {:>9}  {:>7}  {:>9}  {:>7}  {:>6}  {:>5}  {:>8}  {:>6}",
+        "", "TTFT ms", "faster", "end ms", "faster", "rows", "hits", "KL nats", "top-1"
     ))?;
     for r in rows {
         line(format_args!(
-            "{:width$}  {:>9.1}  {:>6.2}x  {:>6.3}  {:>5.2}  {:>8.4}  {:>6.3}",
+            "{:width$}  {:>9.1}  {:>6.2}x  {:>9.1}  {:>6.2}x  {:>6.3}  {:>5.2}  {:>8.4}  {:>6.3}",
             r.way,
             r.ttft_s * 1e3,
             r.speedup,
+            r.end_s * 1e3,
+            r.end_speedup,
             r.fresh,
             r.hits,
             r.kl,

@@ -3,9 +3,13 @@
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use antefix_lab::eval::{self, EvalError, Plan, Record, Runner, Step};
+use antefix_attention::method::Program;
+use antefix_engine::JobError;
+use antefix_lab::eval::{self, EvalError, Plan, Record, Row, Runner, Step};
 use antefix_lab::tasks::{Kit, Prose, Task};
+use antefix_models::decoder::Model;
 use anyhow::{Context, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -28,6 +32,9 @@ pub(crate) struct Args {
     run: RunArgs,
     #[command(flatten)]
     method: MethodArgs,
+    /// Run everything once under this method, beside those of `--method`, or without it (`dense`); repeatable
+    #[arg(long, value_name = "METHOD")]
+    sweep: Vec<String>,
     /// A cache policy decides before it has seen the question
     #[arg(long)]
     question_after_cut: bool,
@@ -46,6 +53,9 @@ pub(crate) struct Args {
     /// Digits of the numbers that are hidden; small models manage few
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..=18))]
     digits: u32,
+    /// Tokens of each example of `many-shot`, filler included; 0: as short as they are
+    #[arg(long, default_value_t = 0)]
+    shot_tokens: usize,
     /// Filler out of this text instead of generated sentences
     #[arg(long)]
     prose: Option<PathBuf>,
@@ -94,68 +104,48 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         .unwrap_or_default();
     let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
     let longest = plan.lengths.iter().max().copied().unwrap_or(0);
-    let program = args.method.program(&model)?;
+    let programs = programs(args, &model)?;
     let kit = Kit {
         tokenizer: &tokenizer,
         prose: &prose,
         digits: args.digits,
+        shot: args.shot_tokens,
     };
-    if !distances.is_empty() {
-        let subject = distance::Subject {
-            model: &model,
-            tokenizer: &tokenizer,
-            program: program.as_ref(),
-        };
-        for kind in &distances {
-            subject.run(kind, args, &kit, &plan)?;
-        }
+    let subject = distance::Subject {
+        model: &model,
+        tokenizer: &tokenizer,
+        programs: &programs,
+    };
+    for kind in &distances {
+        subject.run(kind, args, &kit, &plan)?;
     }
     if plan.tasks.is_empty() {
         return Ok(());
     }
-    let mut runner = Runner::new(
-        &model,
-        &tokenizer,
-        (&args.model.model, longest + 128),
-        program,
-        args.question_after_cut,
-    );
-    let bar = ProgressBar::new(0);
-    bar.set_style(
-        ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} (left {eta}) {msg}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar()),
-    );
-    let rows = eval::run(&plan, &kit, &mut runner, &earlier, |step| match step {
-        Step::Sample {
-            done,
-            all,
-            record,
-            new,
-        } => {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-            bar.set_message(format!("{} {}", record.task, record.length));
-            match &mut store {
-                Some(store) if new => store.append(record),
-                _ => Ok(()),
-            }
-        }
-        Step::Cell(row) if args.json => bar
-            .suspend(|| json_line(row))
-            .map_err(|e| std::io::Error::other(e.to_string())),
-        Step::Cell(_) => Ok(()),
-    })
-    .map_err(|e| match e {
-        EvalError::Task(_) | EvalError::Job(_) => Failure::input(e),
-        _ => Failure::other(e),
-    })?;
-    bar.finish_and_clear();
+    let (mut rows, mut methods) = (Vec::new(), Vec::new());
+    for program in programs {
+        let mut runner = Runner::new(
+            &model,
+            &tokenizer,
+            (&args.model.model, longest + 128),
+            program,
+            args.question_after_cut,
+        );
+        methods.push(runner.method());
+        run_tasks(
+            args,
+            (&plan, &kit),
+            &mut runner,
+            (&earlier, store.as_mut()),
+            &mut rows,
+        )?;
+    }
     if let Some(path) = &args.report {
         let about = [
             format!(
                 "Model {}, method {}, seed {}, {} samples a cell.",
-                runner.model_name(),
-                runner.method(),
+                args.model.model,
+                methods.join(" | "),
                 plan.seed,
                 plan.samples
             ),
@@ -175,6 +165,69 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             .write_all(eval::table(&rows).as_bytes())?;
     }
     Ok(())
+}
+
+/// The program of `--method`, once with each method of `--sweep`.
+fn programs(args: &Args, model: &Model) -> Result<Vec<Option<Arc<Program>>>, Failure> {
+    if args.sweep.is_empty() {
+        return Ok(vec![args.method.program(model)?]);
+    }
+    let more = |name: &String| (name != "dense").then(|| name.clone());
+    args.sweep
+        .iter()
+        .map(|name| args.method.program_with(model, more(name).as_deref()))
+        .collect()
+}
+
+/// Runs the tasks of `plan` and adds their cells to `rows`. In a sweep, a method under which a length does not fit the model goes without
+/// it and all after it.
+fn run_tasks(
+    args: &Args,
+    (plan, kit): (&Plan, &Kit<'_>),
+    runner: &mut Runner,
+    (earlier, mut store): (&[Record], Option<&mut Store>),
+    rows: &mut Vec<Row>,
+) -> Result<(), Failure> {
+    let bar = ProgressBar::new(0);
+    bar.set_style(
+        ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} (left {eta}) {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar()),
+    );
+    let done = eval::run(plan, kit, runner, earlier, |step| match step {
+        Step::Sample {
+            done,
+            all,
+            record,
+            new,
+        } => {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+            bar.set_message(format!("{} {}", record.task, record.length));
+            match &mut store {
+                Some(store) if new => store.append(record),
+                _ => Ok(()),
+            }
+        }
+        Step::Cell(row) => {
+            rows.push(row.clone());
+            match args.json {
+                true => bar
+                    .suspend(|| json_line(row))
+                    .map_err(|e| std::io::Error::other(e.to_string())),
+                false => Ok(()),
+            }
+        }
+    });
+    bar.finish_and_clear();
+    match done {
+        Ok(_) => Ok(()),
+        Err(EvalError::Job(error @ JobError::TooLong { .. })) if !args.sweep.is_empty() => {
+            eprintln!("antefix: {}: {error}", runner.method());
+            Ok(())
+        }
+        Err(e @ (EvalError::Task(_) | EvalError::Job(_))) => Err(Failure::input(e)),
+        Err(e) => Err(Failure::other(e)),
+    }
 }
 
 fn tasks(names: &[String]) -> Result<Vec<Task>, Failure> {

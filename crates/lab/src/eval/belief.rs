@@ -76,14 +76,10 @@ pub fn beliefs(
 fn question(host: &EngineHost, sample: &Sample, question_after_cut: bool) -> Ask {
     let mut answer = host.encode(&format!(" {}", sample.answers[0]));
     answer.truncate(ANSWER);
-    let start = usize::from(sample.context.len() > 1);
     Ask {
         prompt: Prompt {
             tokens: sample.prompt(),
-            // The first token may be the model's begin-of-text token, which belongs to no document.
-            documents: std::iter::once(start..sample.context.len())
-                .filter(|d| !d.is_empty())
-                .collect(),
+            documents: sample.documents(),
         },
         answer: Answer::Given(answer),
         logits: true,

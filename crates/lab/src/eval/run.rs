@@ -75,13 +75,9 @@ impl Runner {
     /// # Errors
     /// When the prompt does not fit the model, or the model fails.
     pub fn ask(&mut self, sample: &Sample) -> Result<Answer, EvalError> {
-        let start = usize::from(sample.context.len() > 1);
         let raw = RawJob {
             tokens: sample.prompt(),
-            // The first token may be the model's begin-of-text token, which belongs to no document.
-            documents: std::iter::once(start..sample.context.len())
-                .filter(|d| !d.is_empty())
-                .collect(),
+            documents: sample.documents(),
             program: self.program.clone(),
             question_after_cut: self.question_after_cut,
             max_tokens: Some(sample.max_tokens),

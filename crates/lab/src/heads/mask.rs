@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::needles::{answer, prefilled};
 use super::{HeadsError, NeedleRuns, Subject};
+use crate::plot::{self, Curve, PlotError};
 use crate::tasks::NEEDLES;
 
 /// Heads that random draws leave out (the paper's pool of best heads), as a part of all heads.
@@ -95,6 +96,41 @@ pub fn masking(
     Ok(masks.into_iter().map(|(p, _)| mean(p)).collect())
 }
 
+/// A picture of the experiment, SVG: recall against the number of heads switched off, for the best heads and for the mean, the lowest and the
+/// highest of the random draws.
+///
+/// # Errors
+/// When it cannot be drawn.
+pub fn mask_plot(title: &str, points: &[MaskPoint]) -> Result<String, PlotError> {
+    let mut counts: Vec<usize> = points.iter().map(|p| p.heads).collect();
+    counts.sort_unstable();
+    counts.dedup();
+    // With no head off, the one run belongs to every curve.
+    let recalls = |which: &str, heads: usize| -> Vec<f64> {
+        let mine = points
+            .iter()
+            .filter(|p| p.heads == heads && (p.which == which || heads == 0));
+        mine.map(|p| p.recall).collect()
+    };
+    let curve = |name: &str, which: &str, of: fn(&[f64]) -> f64| Curve {
+        name: name.into(),
+        points: counts
+            .iter()
+            .map(|&n| (n as f64, of(&recalls(which, n))))
+            .collect(),
+    };
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let lowest = |x: &[f64]| x.iter().copied().fold(f64::NAN, f64::min);
+    let highest = |x: &[f64]| x.iter().copied().fold(f64::NAN, f64::max);
+    let all = [
+        curve("best heads", "top", mean),
+        curve("random heads, mean", "random", mean),
+        curve("random heads, lowest draw", "random", lowest),
+        curve("random heads, highest draw", "random", highest),
+    ];
+    plot::curves(title, ("heads switched off", "needle recall"), &all)
+}
+
 fn point(which: &'static str, draw: usize, heads: usize) -> MaskPoint {
     MaskPoint {
         which,
@@ -108,4 +144,27 @@ fn point(which: &'static str, draw: usize, heads: usize) -> MaskPoint {
 
 fn pairs(heads: &[Ranked]) -> Vec<(usize, usize)> {
     heads.iter().map(|h| (h.layer, h.head)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_plot_has_the_best_and_the_span_of_the_draws() {
+        let at = |which, draw, heads, recall| MaskPoint {
+            recall,
+            ..point(which, draw, heads)
+        };
+        let points = [
+            at("top", 0, 0, 0.9),
+            at("top", 0, 4, 0.2),
+            at("random", 0, 4, 0.7),
+            at("random", 1, 4, 0.9),
+        ];
+        let svg = mask_plot("tiny", &points).unwrap();
+        // Four curves of two points each.
+        assert_eq!(svg.matches("<circle").count(), 8);
+        assert!(svg.contains("best heads") && svg.contains("highest draw"));
+    }
 }

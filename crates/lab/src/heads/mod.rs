@@ -18,7 +18,7 @@ use crate::plot::{self, HeatMap, PlotError};
 
 pub use calibration::{Search, calibration};
 pub use eviction::{Cut, eviction};
-pub use mask::{MaskCurve, MaskPoint, masking};
+pub use mask::{MaskCurve, MaskPoint, mask_plot, masking};
 pub use needles::{NeedleRun, NeedleRuns, retrieval};
 pub use patterns::{Pattern, pattern};
 

@@ -102,6 +102,7 @@ impl Bench {
             tokenizer: &self.subject.tokenizer,
             prose: &self.prose,
             digits,
+            shot: 0,
         }
     }
 
@@ -239,6 +240,7 @@ impl Lab for Bench {
             documents: library.documents,
             tokens: library.tokens,
             question: library.question,
+            answer: library.answer,
         };
         let mut ways = vec![reuse::Way::Full, reuse::Way::Prefix];
         for &name in methods {
@@ -250,7 +252,7 @@ impl Lab for Bench {
             });
         }
         let model = &self.subject.model;
-        let all = sizes.documents * sizes.tokens + sizes.question + 64;
+        let all = sizes.documents * sizes.tokens + sizes.question + sizes.answer + 64;
         let room = Pool::new(model.kv_shape(), 0).bytes_for(all) * 5;
         let fingerprint = antefix_engine::identity(model).map_err(failed)?.fingerprint();
         let mut bench = reuse::Bench::new(Arc::clone(model), room, fingerprint, None);
@@ -267,6 +269,8 @@ impl Lab for Bench {
             tokens: r.tokens,
             ttft_s: r.ttft_s,
             speedup: r.speedup,
+            end_s: r.end_s,
+            end_speedup: r.end_speedup,
             kl: r.kl,
             top1: r.top1,
         };

@@ -77,6 +77,7 @@ pub(super) fn variables(kit: &Kit<'_>, length: usize, rng: &mut fastrand::Rng) -
         answers: letters[..CHAIN].to_vec(),
         max_tokens: 32,
         facts: places.into_iter().step_by(2).collect(),
+        parts: Vec::new(),
     })
 }
 
@@ -111,6 +112,7 @@ pub(super) fn common_words(kit: &Kit<'_>, length: usize, rng: &mut fastrand::Rng
         answers: words[..COMMON].iter().map(|w| (*w).to_string()).collect(),
         max_tokens: 24,
         facts: Vec::new(),
+        parts: Vec::new(),
     })
 }
 
@@ -154,6 +156,7 @@ pub(super) fn frequent_words(kit: &Kit<'_>, length: usize, rng: &mut fastrand::R
         answers: coined[..ASKED].to_vec(),
         max_tokens: 32,
         facts: Vec::new(),
+        parts: Vec::new(),
     })
 }
 
@@ -194,6 +197,7 @@ pub(super) fn lookup(kit: &Kit<'_>, length: usize, depth: f64, rng: &mut fastran
         answers: vec![number],
         max_tokens: kit.digits as usize + 4,
         facts,
+        parts: Vec::new(),
     })
 }
 
@@ -249,6 +253,7 @@ pub(super) fn two_hop(kit: &Kit<'_>, length: usize, rng: &mut fastrand::Rng) -> 
         answers: vec![rooms[0].to_string()],
         max_tokens: 16,
         facts: vec![places[0].clone(), places[PAIRS].clone()],
+        parts: Vec::new(),
     })
 }
 
@@ -305,22 +310,30 @@ pub(super) fn many_shot(kit: &Kit<'_>, length: usize, rng: &mut fastrand::Rng) -
     let question = kit.encode(&format!("\nText: {asked}\nLabel:"));
     let room = length.checked_sub(question.len())?;
     let mut context = kit.start();
-    let mut shots = 0;
+    context.extend(kit.encode("Texts and their labels."));
+    let mut parts = Vec::new();
     loop {
         let (text, label) = line(rng);
-        let shot = kit.encode(&format!("\nText: {text}\nLabel: {label}"));
-        if context.len() + shot.len() > room {
+        let mut shot = kit.encode(&format!("\nText: {text}\nLabel: {label}"));
+        let filler = kit.shot.saturating_sub(shot.len());
+        if filler > 0 {
+            let sentences = kit.prose.sentences(kit.tokenizer, filler, rng);
+            shot.splice(..0, sentences.into_iter().flatten());
+        }
+        let from = context.len();
+        if from + shot.len() > room {
             break;
         }
         context.extend(shot);
-        shots += 1;
+        parts.push(from..context.len());
     }
-    (shots > 0).then(|| Sample {
+    (!parts.is_empty()).then(|| Sample {
         context,
         question,
         answers: vec![label.to_string()],
         max_tokens: 4,
         facts: Vec::new(),
+        parts,
     })
 }
 
@@ -347,5 +360,6 @@ pub(super) fn copy(kit: &Kit<'_>, length: usize, rng: &mut fastrand::Rng) -> Opt
         answers: words.split(' ').skip(1).map(str::to_string).collect(),
         max_tokens: 3 * COPIED,
         facts: Vec::from([fact]),
+        parts: Vec::new(),
     })
 }

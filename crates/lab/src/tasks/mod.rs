@@ -28,12 +28,25 @@ pub struct Sample {
     pub max_tokens: usize,
     /// Where in the context the facts stand that answer the question (tokens).
     pub facts: Vec<Range<usize>>,
+    /// Parts of the context that methods may take for documents; none: all of it is one.
+    pub parts: Vec<Range<usize>>,
 }
 
 impl Sample {
     /// Context and question.
     pub fn prompt(&self) -> Vec<u32> {
         [self.context.as_slice(), &self.question].concat()
+    }
+
+    /// Where the documents of [`Sample::prompt`] lie. The first token may be the model's begin-of-text token, which belongs to none.
+    pub fn documents(&self) -> Vec<Range<usize>> {
+        if !self.parts.is_empty() {
+            return self.parts.clone();
+        }
+        let start = usize::from(self.context.len() > 1);
+        std::iter::once(start..self.context.len())
+            .filter(|d| !d.is_empty())
+            .collect()
     }
 
     /// The fraction of the answers that occur in `text`, case ignored (RULER's string match).
@@ -177,6 +190,8 @@ pub struct Kit<'a> {
     pub prose: &'a Prose,
     /// Digits of the numbers that needles hide; 7 in RULER, fewer for small models.
     pub digits: u32,
+    /// Tokens of each example of `many-shot`, filler included; 0: as short as they are.
+    pub shot: usize,
 }
 
 impl Kit<'_> {

@@ -128,6 +128,7 @@ pub(super) fn numbers(
         answers: taken[..values].to_vec(),
         max_tokens: values * (kit.digits as usize + 4) + 4,
         facts,
+        parts: Vec::new(),
     })
 }
 
@@ -160,5 +161,6 @@ pub fn needle_run(kit: &Kit<'_>, needle: &Needle, length: usize, depth: f64, see
         answers: vec![needle.answer.to_string()],
         max_tokens: 50,
         facts,
+        parts: Vec::new(),
     })
 }

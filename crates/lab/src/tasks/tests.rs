@@ -16,6 +16,7 @@ fn kit<'a>(tokenizer: &'a Tokenizer, prose: &'a Prose) -> Kit<'a> {
         tokenizer,
         prose,
         digits: 5,
+        shot: 0,
     }
 }
 
@@ -92,6 +93,7 @@ fn answers_are_marked_by_what_they_contain() {
         answers: vec!["Oak".into(), "elm".into()],
         max_tokens: 1,
         facts: Vec::new(),
+        parts: Vec::new(),
     };
     assert_eq!(s.mark("an OAK stood there"), 0.5);
     assert_eq!(s.mark("elm, oak"), 1.0);
@@ -124,4 +126,28 @@ fn needles_for_heads_mark_their_answers() {
             needle.answer
         );
     }
+}
+
+#[test]
+fn examples_are_parts_of_their_own_and_as_long_as_asked() {
+    let (tokenizer, prose) = (tokenizer(), Prose::Generated);
+    let short = kit(&tokenizer, &prose);
+    let long = Kit { shot: 400, ..short };
+    let parts = |kit: &Kit<'_>| Task::ManyShot.sample(kit, 4000, 0.5, 9).expect("long enough");
+    let sample = parts(&long);
+    // Filler ends with a sentence, before the example is full.
+    assert!((8..=14).contains(&sample.parts.len()), "{}", sample.parts.len());
+    assert!(parts(&short).parts.len() > 2 * sample.parts.len());
+    let mut at = sample.parts[0].start;
+    assert!(at > 0, "something stands in front of the first");
+    for part in sample.documents() {
+        assert_eq!(part.start, at);
+        let text = tokenizer.decode(&sample.context[part.clone()]);
+        assert_eq!(text.matches("\nLabel: ").count(), 1, "{text}");
+        assert!(part.len() <= 400);
+        at = part.end;
+    }
+    assert_eq!(at, sample.context.len());
+    let needle = Task::Needle.sample(&short, 3000, 0.5, 9).expect("long enough");
+    assert_eq!(needle.documents(), Vec::from([1..needle.context.len()]));
 }

@@ -7,28 +7,32 @@ use crate::repro::{Judgement, Lab, LabError, Library, Outcome, Repro, Reuse, SMO
 /// The claim.
 pub static REPRO: Repro = Repro {
     slug: "ape",
-    claim: "Passages that were computed once cut prefill by up to 28 times (128K tokens, H100), and temperature and scale win back quality that \
+    claim: "Passages that were computed once cut prefill by up to 28 times and the time to the end by up to 4.5 times (128K tokens, H100), and temperature and scale win back quality that \
             plain parallel encoding loses (3.6 points on retrieval, 7.9 on examples), up to 98 % of sequential encoding.",
     source: "Yang et al., abstract and section 5.",
-    rule: "Two parts: the first token comes 28 times earlier with 8,192 tokens, in proportion with fewer; the KL divergence from sequential encoding is \
-           at most 0.9 of plain parallel encoding's. Both: reproduced; one: partly.",
+    rule: "Three parts: with 8,000 tokens the first token comes 28 times earlier, and an answer of 32 tokens is there 4.5 times earlier, both in proportion \
+           with fewer; the KL divergence from sequential encoding is at most 0.9 of plain parallel encoding's. All: reproduced; some: partly.",
     model: SMOLLM2,
     run,
 };
 
-/// The paper's figure; at 128K tokens there, asked here from this length on.
+/// The paper's figures; at 128K tokens there, asked here from this length on.
 const FASTEST: f64 = 28.0;
-const AT: f64 = 8192.0;
+const FASTER_END: f64 = 4.5;
+const AT: f64 = 8000.0;
+const ANSWER: usize = 32;
 const OF_PLAIN: f64 = 0.9;
 const QUESTION: usize = 64;
 const PLAIN: &str = "ape,T=1,S=1";
 
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let library = Library {
-        documents: scale.pick(4, 7),
-        tokens: scale.pick(512, 1024),
+        documents: scale.pick(4, 8),
+        // Eight of 1,000 and an answer are just inside the window of SmolLM2.
+        tokens: scale.pick(512, 1000),
         question: QUESTION,
-        prompts: scale.pick(3, 8),
+        answer: ANSWER,
+        prompts: scale.pick(3, 5),
         seed: 1,
     };
     let found = lab.reuse(&library, &[PLAIN, "ape"])?;
@@ -45,7 +49,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         measured: ape.ttft_s,
         baseline: full.ttft_s,
         scale: format!(
-            "{} prompts of {} passages of {} tokens and a question of {QUESTION}",
+            "{} prompts of {} passages of {} tokens, a question of {QUESTION} and an answer of {ANSWER}",
             library.prompts, library.documents, library.tokens
         ),
         judgement: judge(&ape, &plain),
@@ -54,14 +58,17 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
 }
 
 fn judge(ape: &Reuse, plain: &Reuse) -> Judgement {
-    let asked = FASTEST * (ape.tokens as f64 / AT).min(1.0);
+    let share = (ape.tokens as f64 / AT).min(1.0);
+    let (asked, end) = (FASTEST * share, FASTER_END * share);
     let fast = ape.speedup >= asked;
+    let soon = ape.end_speedup >= end;
     let better = ape.kl <= OF_PLAIN * plain.kl;
     Judgement {
-        verdict: Verdict::of(&[fast, better]),
+        verdict: Verdict::of(&[fast, soon, better]),
         why: format!(
-            "{:.1} times faster ({asked:.1} is asked of {} tokens); KL {:.3} against {:.3} of plain parallel encoding ({OF_PLAIN} of it is asked)",
-            ape.speedup, ape.tokens, ape.kl, plain.kl
+            "first token {:.1} times earlier ({asked:.1} is asked of {} tokens), {ANSWER} tokens {:.1} times ({end:.1}); KL {:.3} against {:.3} of plain \
+             parallel encoding ({OF_PLAIN} of it is asked)",
+            ape.speedup, ape.tokens, ape.end_speedup, ape.kl, plain.kl
         ),
     }
 }
@@ -71,13 +78,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn speed_and_quality_are_the_two_parts() {
-        let plain = Reuse::made_up(2048, 9.9, 1.0);
-        let verdict = |speedup, kl| judge(&Reuse::made_up(2048, speedup, kl), &plain).verdict;
-        assert_eq!(verdict(7.0, 0.9), Verdict::Reproduced);
-        assert_eq!(verdict(6.9, 0.9), Verdict::Partly);
-        assert_eq!(verdict(7.0, 0.91), Verdict::Partly);
-        assert_eq!(verdict(6.9, 0.91), Verdict::Not);
+    fn both_times_and_quality_are_the_three_parts() {
+        let plain = Reuse::made_up(2000, 9.9, 1.0);
+        let verdict = |speedup, end_speedup, kl| {
+            let ape = Reuse {
+                end_speedup,
+                ..Reuse::made_up(2000, speedup, kl)
+            };
+            judge(&ape, &plain).verdict
+        };
+        assert_eq!(verdict(7.0, 1.125, 0.9), Verdict::Reproduced);
+        assert_eq!(verdict(6.9, 1.125, 0.9), Verdict::Partly);
+        assert_eq!(verdict(7.0, 1.12, 0.9), Verdict::Partly);
+        assert_eq!(verdict(7.0, 1.125, 0.91), Verdict::Partly);
+        assert_eq!(verdict(6.9, 1.12, 0.91), Verdict::Not);
     }
 
     #[test]

@@ -31,6 +31,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         documents: 4,
         tokens: scale.pick(256, 512),
         question: 64,
+        answer: 1,
         prompts: scale.pick(3, 10),
         seed: 1,
     };

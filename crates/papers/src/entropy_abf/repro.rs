@@ -30,7 +30,7 @@ const WAYS: [&[&str]; 5] = [
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let window = lab.facts().context;
     let text = Passages {
-        texts: scale.pick(1, 3),
+        texts: scale.pick(1, 2),
         length: 2 * window,
         step: window / 8,
         seed: 1,

@@ -33,7 +33,7 @@ const WAYS: [&[&str]; 6] = [
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let mut rows = Vec::new();
     let mut found: Vec<Vec<Recall>> = Vec::new();
-    let (length, samples) = scale.pick((512, 8), (1024, 32));
+    let (length, samples) = scale.pick((512, 8), (1024, 16));
     for task in TASKS {
         let quiz = Quiz {
             task,

@@ -37,7 +37,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         task: "needle",
         length,
         depths: &[0.1, 0.3, 0.5, 0.7],
-        samples: scale.pick(2, 8),
+        samples: scale.pick(2, 4),
         digits: 3,
         seed: 1,
         question_after_cut: true,

@@ -25,11 +25,11 @@ const STRETCHES: usize = 8;
 /// Tokens that are scored as an answer at most: each is a step.
 const SCORED: usize = 256;
 
-/// A model under methods.
+/// A model, once under each of the programs; dense attention for `None`.
 pub(super) struct Subject<'a> {
     pub(super) model: &'a Arc<Model>,
     pub(super) tokenizer: &'a Arc<Tokenizer>,
-    pub(super) program: Option<&'a Arc<Program>>,
+    pub(super) programs: &'a [Option<Arc<Program>>],
 }
 
 impl Subject<'_> {
@@ -51,17 +51,7 @@ impl Subject<'_> {
         ))
     }
 
-    fn method(&self, question_after_cut: bool) -> String {
-        let after = if question_after_cut {
-            " (question after the cut)"
-        } else {
-            ""
-        };
-        self.program.map_or("dense".into(), |p| p.tag() + after)
-    }
-
     fn kl(&self, args: &Args, kit: &Kit<'_>, plan: &Plan) -> Result<(), Failure> {
-        let method = self.method(args.question_after_cut);
         if !args.json {
             line(format_args!(
                 "{:<6} {:>7} {:>6} {:>4} {:>9} {:>6} {:>8} {:>6}  method",
@@ -79,23 +69,26 @@ impl Subject<'_> {
                     seed: plan.seed,
                     question_after_cut: args.question_after_cut,
                 };
-                let found = beliefs(&mut host, kit, &cell, &[self.program.cloned()]);
+                let found = beliefs(&mut host, kit, &cell, self.programs);
                 let found = found.map_err(|e: BeliefError| Failure::input(e))?;
-                let row = KlRow::new(&method, &cell, &found[0]);
-                match args.json {
-                    true => json_line(&row)?,
-                    false => line(format_args!(
-                        "{:<6} {:>7} {:>6.2} {:>4} {:>9.4} {:>6.3} {:>8.3} {:>6.3}  {}",
-                        row.task,
-                        row.length,
-                        row.depth,
-                        row.n,
-                        row.kl,
-                        row.top1,
-                        row.log_p,
-                        row.kept,
-                        row.method
-                    ))?,
+                for (program, beliefs) in self.programs.iter().zip(&found) {
+                    let method = named(program.as_ref(), args.question_after_cut);
+                    let row = KlRow::new(&method, &cell, beliefs);
+                    match args.json {
+                        true => json_line(&row)?,
+                        false => line(format_args!(
+                            "{:<6} {:>7} {:>6.2} {:>4} {:>9.4} {:>6.3} {:>8.3} {:>6.3}  {}",
+                            row.task,
+                            row.length,
+                            row.depth,
+                            row.n,
+                            row.kl,
+                            row.top1,
+                            row.log_p,
+                            row.kept,
+                            row.method
+                        ))?,
+                    }
                 }
             }
         }
@@ -110,13 +103,23 @@ impl Subject<'_> {
             ))?;
         }
         for &length in &plan.lengths {
-            for row in self.stretches(kit, plan, length)? {
-                match args.json {
-                    true => json_line(&row)?,
-                    false => line(format_args!(
-                        "{:<6} {:>7} {:>7} {:>7} {:>6} {:>10.4} {:>8.4} {:>6.3}  {}",
-                        row.task, row.length, row.from, row.to, row.n, row.ppl, row.nll, row.kept, row.method
-                    ))?,
+            for program in self.programs {
+                for row in self.stretches(kit, plan, length, program.as_ref())? {
+                    match args.json {
+                        true => json_line(&row)?,
+                        false => line(format_args!(
+                            "{:<6} {:>7} {:>7} {:>7} {:>6} {:>10.4} {:>8.4} {:>6.3}  {}",
+                            row.task,
+                            row.length,
+                            row.from,
+                            row.to,
+                            row.n,
+                            row.ppl,
+                            row.nll,
+                            row.kept,
+                            row.method
+                        ))?,
+                    }
                 }
             }
         }
@@ -124,20 +127,26 @@ impl Subject<'_> {
     }
 
     /// By position where the methods can score a text; else the end of each text as an answer to its beginning.
-    fn stretches(&self, kit: &Kit<'_>, plan: &Plan, length: usize) -> Result<Vec<PplRow>, Failure> {
-        let method = self.method(false);
+    fn stretches(
+        &self,
+        kit: &Kit<'_>,
+        plan: &Plan,
+        length: usize,
+        program: Option<&Arc<Program>>,
+    ) -> Result<Vec<PplRow>, Failure> {
+        let method = named(program, false);
         let text = Passages {
             texts: plan.samples,
             length,
             step: length.div_ceil(STRETCHES).max(1),
             seed: plan.seed,
         };
-        if self.program.is_none_or(|p| p.scores_texts()) {
+        if program.is_none_or(|p| p.scores_texts()) {
             let found = by_position(
                 (self.model, self.tokenizer),
                 kit.prose,
                 &text,
-                self.program.map(|p| &**p),
+                program.map(|p| &**p),
             );
             let found = found.map_err(|e| match e {
                 PerplexityError::Engine(_) => Failure::other(e),
@@ -151,7 +160,17 @@ impl Subject<'_> {
         let scored = SCORED.min(length / 4);
         let mut host = self.host(length)?;
         let (stretch, kept) =
-            of_answers(&mut host, kit.prose, &text, scored, self.program).map_err(Failure::input)?;
+            of_answers(&mut host, kit.prose, &text, scored, program).map_err(Failure::input)?;
         Ok(vec![PplRow::new(&method, length, &stretch, kept)])
     }
+}
+
+/// What rows call a program.
+fn named(program: Option<&Arc<Program>>, question_after_cut: bool) -> String {
+    let after = if question_after_cut {
+        " (question after the cut)"
+    } else {
+        ""
+    };
+    program.map_or("dense".into(), |p| p.tag() + after)
 }
