@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the first eight methods gain and lose, as rows and pictures under bench/results/DATE-CPU/: bench/methods.sh [b c d e f g h]
+# What the first eight methods gain and lose, as rows and pictures under bench/results/DATE-CPU/: bench/methods.sh [b c d e f g h hooks]
 #
 # Without letters all of them, some 100 minutes on two cores with AMX. LONG=1 adds what needs an hour more (32,768 tokens). Minutes below are
 # estimates for such a machine. Profiles of heads are kept in antefix's home, where methods look for them.
@@ -111,11 +111,19 @@ h() { # documents once and twice; 14 min
   repro jrt -m qwen2.5-coder-0.5b --fast
 }
 
-for item in "${@:-b c d e f g h}"; do
+hooks() { # hooks at every layer that nothing ever meets: an upper bound of what unused hooks cost; 2 min
+  local file
+  file=$(mktemp)
+  echo '{"captures": [{"at": {"site": "attn.hook_z", "positions": {"list": [1000000]}}}]}' > "$file"
+  rows hooks.jsonl bench -m smollm2 --hooks "$file" -n 128 -d 0,1024 -r 61 --json
+  rm "$file"
+}
+
+for item in "${@:-b c d e f g h hooks}"; do
   for letter in $item; do
     case $letter in
-      [b-h]) "$letter" ;;
-      *) echo "no item \`$letter\`: one of b c d e f g h" >&2; exit 2 ;;
+      [b-h] | hooks) "$letter" ;;
+      *) echo "no item \`$letter\`: one of b c d e f g h hooks" >&2; exit 2 ;;
     esac
   done
 done

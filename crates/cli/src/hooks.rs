@@ -33,6 +33,17 @@ pub(crate) struct HookArgs {
 }
 
 impl HookArgs {
+    /// Those of a file; what they capture is not written.
+    pub(crate) fn of(file: PathBuf) -> Self {
+        Self {
+            hooks: Some(file),
+            hook_source: Vec::new(),
+            capture_out: None,
+            probe_out: None,
+            capture_mb: 1024,
+        }
+    }
+
     /// The hooks of a run over a prompt of `prompt` tokens, if any were asked for.
     pub(crate) fn observer(&self, model: &Model, prompt: usize) -> Result<Option<Arc<Observer>>, Failure> {
         let Some(file) = &self.hooks else {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use antefix_attention::hooks::Observer;
 use antefix_engine::{Budget, Engine, EngineError, Job, JobError, Options, RawJob, Session};
 use antefix_models::decoder::Model;
 use antefix_models::tokenizer::Tokenizer;
@@ -158,6 +159,75 @@ pub fn decode(model: &Arc<Model>, n: usize, depth: usize, repeats: usize) -> Res
         tok_s: median(&runs),
         runs,
         rss_mb: rss_mb(),
+    })
+}
+
+/// One row of `antefix bench --hooks`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HookRow {
+    /// `hooks-tg128@d0`: 128 single steps after 0 tokens.
+    pub test: String,
+    /// Median with hooks.
+    pub tok_s: f64,
+    /// Median without.
+    pub plain_tok_s: f64,
+    /// Time that hooks add, as a part of the time without: median of pairs that ran one after the other.
+    pub cost: f64,
+    /// The middle half of the pairs lies between these.
+    pub quartiles: [f64; 2],
+    /// Pairs.
+    pub pairs: usize,
+}
+
+/// `n` single steps after `depth` tokens with `hooks` and without, in `repeats` pairs whose order alternates.
+///
+/// # Errors
+/// When the model fails or its context is too short.
+pub fn hooked(
+    model: &Arc<Model>,
+    hooks: &Arc<Observer>,
+    (n, depth): (usize, usize),
+    repeats: usize,
+) -> Result<HookRow, BenchError> {
+    let test = format!("hooks-tg{n}@d{depth}");
+    check(model, &test, n + depth + 1)?;
+    let tokens = tokens(model, n + depth + 1, 2);
+    let mut session = Session::new(Arc::clone(model), n + depth + 1, CHUNK);
+    let mut logits = Vec::new();
+    session.feed(&tokens[..=depth], 0, &mut logits)?;
+    let mut run = |with: bool| -> Result<f64, EngineError> {
+        session.truncate(depth + 1);
+        session.observe(with.then(|| Arc::clone(hooks)));
+        let start = Instant::now();
+        for token in &tokens[depth + 1..] {
+            logits.clear();
+            session.feed_drawn(std::slice::from_ref(token), 1, &mut logits)?;
+        }
+        Ok(start.elapsed().as_secs_f64())
+    };
+    run(false)?;
+    let (mut with, mut plain, mut added) = (Vec::new(), Vec::new(), Vec::new());
+    for i in 0..repeats {
+        let first = run(i % 2 == 0)?;
+        let second = run(i % 2 != 0)?;
+        let (w, p) = if i % 2 == 0 {
+            (first, second)
+        } else {
+            (second, first)
+        };
+        with.push(n as f64 / w);
+        plain.push(n as f64 / p);
+        added.push(w / p - 1.0);
+    }
+    added.sort_by(f64::total_cmp);
+    let at = |q: usize| added.get(added.len() * q / 4).copied().unwrap_or(0.0);
+    Ok(HookRow {
+        test,
+        tok_s: median(&with),
+        plain_tok_s: median(&plain),
+        cost: median(&added),
+        quartiles: [at(1), at(3)],
+        pairs: repeats,
     })
 }
 

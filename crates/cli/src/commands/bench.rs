@@ -14,6 +14,7 @@ use anyhow::anyhow;
 use super::load::{self, LoadArgs};
 use super::{json_line, line};
 use crate::failure::Failure;
+use crate::hooks::HookArgs;
 use crate::method::{MethodArgs, profiles};
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
@@ -40,6 +41,9 @@ pub(crate) struct Args {
     shared_prefix: Vec<usize>,
     #[command(flatten)]
     method: MethodArgs,
+    /// Decode with the hooks of this JSON file and without, in pairs: what they cost
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["methods", "shared_prefix", "compare"])]
+    hooks: Option<PathBuf>,
     /// How many sequences
     #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
     batch: Vec<usize>,
@@ -84,6 +88,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if let Some(program) = args.method.program(&model)? {
         return methods(args, &model, &tokenizer, &program);
     }
+    if let Some(file) = &args.hooks {
+        return hooks(args, &model, file);
+    }
     for &depth in &args.depth {
         for &n in args.prompt.iter().filter(|&&n| n > 0) {
             print(
@@ -98,6 +105,32 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
                 args.json,
                 before.as_deref(),
             )?;
+        }
+    }
+    Ok(())
+}
+
+/// Decoding with hooks beside decoding without: every number of tokens at every depth.
+fn hooks(args: &Args, model: &Arc<Model>, file: &std::path::Path) -> Result<(), Failure> {
+    for &depth in &args.depth {
+        for &n in args.decode.iter().filter(|&&n| n > 0) {
+            let hooks = HookArgs::of(file.to_path_buf()).observer(model, depth + 1)?;
+            let Some(hooks) = hooks else { continue };
+            let row = bench::hooked(model, &hooks, (n, depth), args.repeats).map_err(failure)?;
+            if args.json {
+                json_line(&row)?;
+                continue;
+            }
+            line(format_args!(
+                "{:<16} {:>9.1} tok/s, {:.1} without: {:+.2} % of the time (middle half {:+.2} to {:+.2}), {} pairs",
+                row.test,
+                row.tok_s,
+                row.plain_tok_s,
+                row.cost * 100.0,
+                row.quartiles[0] * 100.0,
+                row.quartiles[1] * 100.0,
+                row.pairs
+            ))?;
         }
     }
     Ok(())

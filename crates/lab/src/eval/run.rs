@@ -42,9 +42,11 @@ impl Runner {
         question_after_cut: bool,
     ) -> Self {
         let sizes = Pool::new(model.kv_shape(), 0);
+        let reuses = program.as_ref().is_some_and(|p| p.chunk_use().is_some());
         let options = Options {
-            // A cache policy writes what stays before the rest is freed.
-            kv_bytes: sizes.bytes_for(context + 64) * 2 + sizes.shape().block_bytes(),
+            // A cache policy writes what stays before the rest is freed; documents fill pages of their own.
+            kv_bytes: sizes.bytes_for(context + 64) * if reuses { 4 } else { 2 }
+                + sizes.shape().block_bytes(),
             context,
             budget: Budget::default(),
         };

@@ -22,7 +22,7 @@ pub(super) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     run: RunArgs,
-    /// Prompts of one's own, one JSON object a line: {"documents": ["..", ".."], "question": "..", "system": ".."}; without, generated ones
+    /// Prompts of one's own: a JSON object a line with `documents` (a list of texts), `question` and perhaps `system`; without, generated ones
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// Generated prompts; one half of all prompts is searched with, the other judges
