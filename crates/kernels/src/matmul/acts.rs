@@ -124,8 +124,30 @@ impl Acts {
         self.changed(rows, k);
     }
 
+    /// As [`Acts::fill`], but `f` writes the first `int8_rows` rows only: of the others there are no values, just the tiles that this returns,
+    /// `[tiles][blocks]`, for the caller to write whole.
+    pub(super) fn fill_first(
+        &mut self,
+        team: &Team,
+        (rows, k): (usize, usize),
+        int8_rows: usize,
+        f: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Shared<Tile> {
+        self.int8_rows = Some(int8_rows);
+        self.fill(team, int8_rows, k, f);
+        (self.rows, self.rounded) = (rows, true);
+        let tiles = (rows - int8_rows).div_ceil(TILE);
+        self.bf16.resize(tiles * self.blocks(), Tile([[0; BLOCK]; TILE]));
+        Shared::new(self.bf16.as_mut_ptr())
+    }
+
     /// The values as loaded, to be changed.
     pub fn x_mut(&mut self) -> &mut [f32] {
+        assert_eq!(
+            self.x.len(),
+            self.rows * self.k,
+            "only bf16 is kept of these activations"
+        );
         self.changed(self.rows, self.k);
         &mut self.x
     }
@@ -162,7 +184,7 @@ impl Acts {
         self.k
     }
 
-    /// The values as loaded, `[rows, k]`.
+    /// The values as loaded, `[rows, k]`; of what [`gated`](super::gated) wrote in bf16 there are none.
     pub fn x(&self) -> &[f32] {
         &self.x
     }
@@ -223,6 +245,11 @@ impl Acts {
         if std::mem::replace(&mut self.rounded, true) {
             return;
         }
+        assert_eq!(
+            self.x.len(),
+            self.rows * self.k,
+            "only bf16 is kept of these activations"
+        );
         let (first, k, blocks) = (self.int8_rows(cpu), self.k, self.blocks());
         let tiles = (self.rows - first).div_ceil(TILE);
         self.bf16.resize(tiles * blocks, Tile([[0; BLOCK]; TILE]));

@@ -19,6 +19,7 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod gated;
 mod layout;
 mod pack;
 mod scalar;
@@ -32,6 +33,7 @@ mod tiles;
 use std::ops::Range;
 
 pub use acts::Acts;
+pub use gated::{Gate, Gated, gated};
 
 use acts::Form;
 
@@ -179,6 +181,12 @@ pub fn matmul(cpu: Cpu, team: &Team, acts: &mut Acts, w: &Matrix, y: &mut [f32])
 /// Panics like [`matmul`].
 pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Matrix, &mut [f32])]) {
     let rows = acts.rows();
+    matmul_first(cpu, team, acts, rows, products);
+}
+
+/// As [`matmul_many`], of the first `rows` rows.
+fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &mut [(&Matrix, &mut [f32])]) {
+    assert!(rows <= acts.rows());
     for (w, y) in products.iter() {
         assert_eq!(acts.k(), w.k, "{w:?}: activations have another k");
         assert_eq!(y.len(), rows * w.n, "{w:?}: output is not {rows} x {}", w.n);
@@ -186,8 +194,12 @@ pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Mat
     if rows == 0 {
         return;
     }
-    let int8_rows = acts.int8_rows(cpu);
+    let int8_rows = acts.int8_rows(cpu).min(rows);
     let quantised = products.iter().any(|(w, _)| w.kind.record().is_some());
+    assert!(
+        products.iter().all(|(w, _)| w.is_quantised()) || acts.x().len() >= rows * acts.k(),
+        "only bf16 is kept of these activations"
+    );
     if quantised && int8_rows < rows {
         acts.round(cpu, team);
     }

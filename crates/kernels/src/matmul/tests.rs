@@ -1,6 +1,7 @@
 //! Every path against the scalar one, bit for bit, and the scalar one against a product in f64.
 
 use super::*;
+use crate::ops;
 
 /// A small generator, so that failures repeat.
 struct Random(u64);
@@ -157,6 +158,77 @@ fn rows_in_bf16_have_the_bits_of_the_scalar_twin_whoever_is_beside_them() {
                     y[at..] == bf16[at..rows * n],
                     "{format}: bf16, {rows} rows from {int8_rows}, {n} x {k}"
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn gated_products_have_the_bits_of_their_steps() {
+    let teams = [Team::new(1), Team::new(3)];
+    let mut random = Random(13);
+    let (n, k) = (352, 256);
+    for (f, format) in [
+        (ops::silu_mul as Gate, Format::Q4_1),
+        (ops::gelu_tanh_mul, Format::Q6_K),
+        (ops::silu_mul, Format::Q5_0),
+        (ops::silu_mul, Format::F16),
+    ] {
+        let mut matrix = |n: usize, k: usize, format: Format| {
+            let bytes = weights(format, n, k, &mut random);
+            Matrix::pack(Cpu::best(), &teams[0], format, &bytes, n, k, Precision::Fast).unwrap()
+        };
+        let (gate, up, down) = (
+            matrix(n, k, format),
+            matrix(n, k, format),
+            matrix(19, n, Format::Q8_0),
+        );
+        let mut values = Random(17);
+        let x: Vec<f32> = (0..1100 * k).map(|_| 40.0 * values.unit()).collect();
+        for cpu in Cpu::variants() {
+            let (mut acts, mut out, mut buffers) = (Acts::new(), Acts::new(), <[Vec<f32>; 2]>::default());
+            for (rows, int8_rows) in [
+                (1100, 3),
+                (1, 0),
+                (15, 0),
+                (33, 0),
+                (50, 50),
+                (40, 7),
+                (48, 1),
+                (1, 1),
+            ] {
+                let team = &teams[rows % 2];
+                acts.set_int8_rows(Some(int8_rows));
+                acts.load(&x[..rows * k], rows, k);
+                let mut steps = [vec![f32::NAN; rows * n], vec![f32::NAN; rows * n]];
+                let [g, u] = &mut steps;
+                matmul_many(cpu, team, &mut acts, &mut [(&gate, g), (&up, u)]);
+                f(cpu, g, u);
+                let want_x = g.clone();
+                let mut want = vec![f32::NAN; rows * 19];
+                let mut next = Acts::new();
+                next.set_int8_rows(Some(int8_rows));
+                next.load(&want_x, rows, n);
+                matmul(cpu, team, &mut next, &down, &mut want);
+                for whole in [false, true] {
+                    acts.load(&x[..rows * k], rows, k);
+                    let what = Gated {
+                        gate: &gate,
+                        up: &up,
+                        f,
+                        whole,
+                    };
+                    gated(cpu, team, &mut acts, what, &mut buffers, &mut out);
+                    let mut got = vec![f32::NAN; rows * 19];
+                    matmul(cpu, team, &mut out, &down, &mut got);
+                    let bits = |y: &[f32]| y.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                    assert!(
+                        bits(&got) == bits(&want),
+                        "{} {format}: {rows} rows, {int8_rows} of them in int8, whole: {whole}",
+                        cpu.path()
+                    );
+                    assert!(!whole || bits(out.x()) == bits(&want_x));
+                }
             }
         }
     }

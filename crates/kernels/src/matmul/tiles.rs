@@ -10,11 +10,13 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::Task;
 use super::acts::TILE;
-use super::layout::{COLS, Fixed, with_kind};
+use super::gated::Part;
+use super::layout::{BLOCK, COLS, Fixed, with_kind};
 use super::stretch::{groups, load_codes, load_f16};
+use super::{Acts, Matrix, Task};
 use crate::amx::{TileShape, configure, release};
+use crate::cpu::Cpu;
 
 /// Bytes of bf16 that are unpacked together: they stay in the second cache beside the rows that meet them. Rows are read from further away
 /// once a group, so groups are as large as that allows.
@@ -44,33 +46,75 @@ thread_local! {
 /// The CPU has AVX-512 with BF16 and AMX-BF16, and the process may use the tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 pub(super) unsafe fn run(task: &Task<'_>) {
-    let blocks = task.acts.blocks();
+    // SAFETY: the caller's promise, twice: of this function, and of `group`, which gets what was just unpacked.
+    unsafe {
+        in_groups(
+            &[task.matrix],
+            task.panels.clone(),
+            task.rows.len(),
+            |panels, base| {
+                group(task, panels, base);
+            },
+        );
+    }
+}
+
+/// Computes a part of a gated product: what would be the gate's and the other's outputs become tiles of the next activations.
+///
+/// # Safety
+/// As [`run`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+pub(super) unsafe fn gated(part: &Part<'_>) {
+    let matrices = [part.gated.gate, part.gated.up];
+    // SAFETY: as in `run`.
+    unsafe {
+        in_groups(&matrices, part.panels.clone(), part.rows.len(), |panels, base| {
+            gated_group(part, panels, base);
+        });
+    }
+}
+
+/// Unpacks panels of all `matrices`, as many as stay near, and calls `f` with those panels and where they lie: all of one
+/// panel's tiles `[blocks]`, matrix after matrix, then the next panel.
+///
+/// # Safety
+/// As [`run`]; the matrices have the same shape and hold quantised weights.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+unsafe fn in_groups(
+    matrices: &[&Matrix],
+    panels: Range<usize>,
+    rows: usize,
+    mut f: impl FnMut(Range<usize>, *const u8),
+) {
+    let bytes = matrices[0].k / BLOCK * TILE_BYTES;
+    // Rows that are all read at once need no large groups: two panels stay nearer.
+    let together = match rows <= 2 * TILE {
+        true => 2,
+        false => (GROUP_BYTES / bytes).clamp(2, 16) & !1,
+    } / matrices.len();
     UNPACKED.with_borrow_mut(|unpacked| {
-        let panel_lines = blocks * TILE_BYTES / LINE;
-        // Rows that are all read at once need no large groups: two panels stay nearer.
-        let together = match task.rows.len() <= 2 * TILE {
-            true => 2,
-            false => (GROUP_BYTES / (blocks * TILE_BYTES)).clamp(2, 16) & !1,
-        };
-        for first in task.panels.clone().step_by(together) {
-            let panels = first..task.panels.end.min(first + together);
-            if unpacked.len() < panels.len() * panel_lines {
-                unpacked.resize(panels.len() * panel_lines, Line([0; LINE]));
+        for first in panels.clone().step_by(together) {
+            let panels = first..panels.end.min(first + together);
+            let lines = panels.len() * matrices.len() * bytes / LINE;
+            if unpacked.len() < lines {
+                unpacked.resize(lines, Line([0; LINE]));
             }
             let base: *mut u8 = unpacked.as_mut_ptr().cast();
             for (i, p) in panels.clone().enumerate() {
-                // SAFETY: the panel has `blocks` records, its place in the buffer has a tile for each.
-                unsafe {
-                    let to = base.add(i * blocks * TILE_BYTES);
-                    with_kind!(
-                        task.matrix.kind,
-                        K => unpack::<K>(task.matrix.panel(p), task.matrix.post, to),
-                        unreachable!("floats are not multiplied in bf16")
-                    );
+                for (m, matrix) in matrices.iter().enumerate() {
+                    // SAFETY: the panel has a record for each block, its place in the buffer a tile.
+                    unsafe {
+                        let to = base.add((i * matrices.len() + m) * bytes);
+                        with_kind!(
+                            matrix.kind,
+                            K => unpack::<K>(matrix.panel(p), matrix.post, to),
+                            unreachable!("floats are not multiplied in bf16")
+                        );
+                    }
                 }
             }
-            // SAFETY: the caller's promise, and what was just unpacked.
-            unsafe { group(task, panels, base) };
+            f(panels, base);
         }
     });
     // SAFETY: the caller's promise.
@@ -138,6 +182,16 @@ unsafe fn unpack<K: Fixed>(records: &[u8], post: f32, to: *mut u8) {
     }
 }
 
+/// The tiles of `rows` in `acts`, and how many there are.
+fn tiles_of(cpu: Cpu, acts: &Acts, rows: &Range<usize>) -> (*const u8, usize) {
+    let blocks = acts.blocks();
+    let (x, first) = acts.bf16(cpu);
+    assert!(rows.start >= first && (rows.start - first).is_multiple_of(TILE) && blocks > 0);
+    let from = (rows.start - first) / TILE * blocks;
+    let tiles = rows.len().div_ceil(TILE);
+    (x[from..from + tiles * blocks].as_ptr().cast(), tiles)
+}
+
 /// All rows of the task against unpacked panels: two tiles of rows and two panels at a time, so that every loaded tile is used twice.
 ///
 /// # Safety
@@ -146,12 +200,7 @@ unsafe fn unpack<K: Fixed>(records: &[u8], post: f32, to: *mut u8) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn group(task: &Task<'_>, panels: Range<usize>, base: *const u8) {
     let blocks = task.acts.blocks();
-    let (x, first) = task.acts.bf16(task.cpu);
-    assert!(task.rows.start >= first && (task.rows.start - first).is_multiple_of(TILE) && blocks > 0);
-    let from = (task.rows.start - first) / TILE;
-    let tiles = task.rows.len().div_ceil(TILE);
-    assert!((from + tiles) * blocks * TILE_BYTES <= std::mem::size_of_val(x));
-    let x: *const u8 = x.as_ptr().cast();
+    let (x, tiles) = tiles_of(task.cpu, task.acts, &task.rows);
     let rows = task.rows.len().min(TILE);
     // SAFETY: the caller's promise; a tile is at most 16 rows of 64 bytes.
     unsafe { configure(&shapes(rows)) };
@@ -167,7 +216,7 @@ unsafe fn group(task: &Task<'_>, panels: Range<usize>, base: *const u8) {
             };
             // SAFETY: tiles `tile .. tile + t` and panels `panel .. panel + p` are there, with `blocks` tiles each.
             unsafe {
-                let a = x.add((from + tile) * blocks * TILE_BYTES);
+                let a = x.add(tile * blocks * TILE_BYTES);
                 let b = base.add(panel * blocks * TILE_BYTES);
                 let step = blocks * TILE_BYTES;
                 // A panel without a second one stands for both: its sums are computed twice and stored once.
@@ -197,6 +246,56 @@ unsafe fn group(task: &Task<'_>, panels: Range<usize>, base: *const u8) {
                     store(i, sums[i].0.as_mut_ptr().cast(), LINE);
                     for (r, sums) in (r..task.rows.end).zip(&sums[i].0) {
                         task.store(r, p, sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// All rows of the part against unpacked panels of the gate and of the other matrix, two tiles of rows at a time. The sums go no further than
+/// the first cache: what leaves it is bf16.
+///
+/// # Safety
+/// As [`gated`]; `base` has the tiles of all panels, gate and other in turn.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn gated_group(part: &Part<'_>, panels: Range<usize>, base: *const u8) {
+    let blocks = part.acts.blocks();
+    let step = blocks * TILE_BYTES;
+    let (x, tiles) = tiles_of(part.cpu, part.acts, &part.rows);
+    let (_, first) = part.acts.bf16(part.cpu);
+    let first = (part.rows.start - first) / TILE;
+    let out_blocks = part.gated.gate.n / BLOCK;
+    // SAFETY: the caller's promise; a tile is at most 16 rows of 64 bytes.
+    unsafe { configure(&shapes(part.rows.len().min(TILE))) };
+    let zeros = Sums([[0.0; COLS]; TILE]);
+    let (mut gate, mut up) = ([zeros; 2], [zeros; 2]);
+    for tile in (0..tiles).step_by(2) {
+        for (i, panel) in panels.clone().enumerate() {
+            let pair = (tiles - tile).min(2);
+            // SAFETY: tiles `tile .. tile + pair` and both panels are there, with `blocks` tiles each; the output has a tile of each of the
+            // row tiles for two panels, and this part alone writes its half of it.
+            unsafe {
+                let a = x.add(tile * step);
+                let b = base.add(2 * i * step);
+                let b = (b, b.add(step));
+                match pair {
+                    2 => products_2x2((a, a.add(step)), b, blocks, (gate.as_mut_ptr().cast(), 0)),
+                    _ => products_1x2(a, b, blocks),
+                }
+                for t in 0..pair {
+                    store(2 * t, gate[t].0.as_mut_ptr().cast(), LINE);
+                    store(2 * t + 1, up[t].0.as_mut_ptr().cast(), LINE);
+                }
+                for (t, (gate, up)) in gate.iter_mut().zip(&up).take(pair).enumerate() {
+                    (part.gated.f)(part.cpu, gate.0.as_flattened_mut(), up.0.as_flattened());
+                    let to = part.out.get().add((first + tile + t) * out_blocks + panel / 2);
+                    let to: *mut u8 = to.cast::<u8>().add(panel % 2 * LINE / 2);
+                    for (r, row) in gate.0.iter().enumerate() {
+                        let values: __m256i =
+                            std::mem::transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(row.as_ptr())));
+                        _mm256_storeu_si256(to.add(r * LINE).cast(), values);
                     }
                 }
             }

@@ -3,7 +3,7 @@
 use antefix_attention::hooks::{Site, Watch};
 use antefix_attention::readout::AttentionView;
 use antefix_attention::{Angles, AttendError, Extra, Scratch as AttendScratch, SeqRows, Sharing, attend};
-use antefix_kernels::matmul::{Acts, Matrix, matmul, matmul_many};
+use antefix_kernels::matmul::{Acts, Gated, Matrix, gated, matmul, matmul_many};
 use antefix_kernels::ops::{self, Rope};
 use antefix_kernels::quant;
 use antefix_kv::{Context, Pool, SeqKv};
@@ -62,8 +62,8 @@ pub struct Scratch {
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
     pub(super) z: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    gate_up: [Vec<f32>; 2],
+    gated: Acts,
     pub(super) out: Vec<f32>,
     pub(super) acts: Acts,
     pub(super) attend: AttendScratch,
@@ -346,26 +346,30 @@ impl Model {
 
     pub(super) fn feed_forward(&self, l: usize, watch: &Watch<'_>, s: &mut Scratch) {
         let (spec, layer): (_, &Layer) = (self.spec(), &self.weights.layers[l]);
-        let (rows, ff) = (s.x.len() / spec.d_model, spec.d_ff);
         self.norm_acts(&s.x, &layer.ffn_norm, &mut s.acts);
-        s.gate.resize(rows * ff, 0.0);
-        s.up.resize(rows * ff, 0.0);
         let [gate, up] = &layer.gate_up;
-        let mut products: [(&Matrix, &mut [f32]); 2] = [(gate, &mut s.gate), (up, &mut s.up)];
-        matmul_many(self.cpu, &self.team, &mut s.acts, &mut products);
-        let (gate, up) = (&s.gate, &s.up);
-        s.acts.fill(&self.team, rows, ff, &|r, row| {
-            row.copy_from_slice(&gate[r * ff..][..ff]);
-            let up = &up[r * ff..][..ff];
-            match spec.act {
-                Act::Silu => ops::silu_mul(self.cpu, row, up),
-                Act::GeluTanh => ops::gelu_tanh_mul(self.cpu, row, up),
-            }
-        });
-        if watch.wants(l, Site::MlpPost) {
-            watch.at(l, Site::MlpPost, s.acts.x_mut(), ff);
+        let looked_at = watch.wants(l, Site::MlpPost);
+        let what = Gated {
+            gate,
+            up,
+            f: match spec.act {
+                Act::Silu => ops::silu_mul,
+                Act::GeluTanh => ops::gelu_tanh_mul,
+            },
+            whole: looked_at || !layer.down.is_quantised(),
+        };
+        gated(
+            self.cpu,
+            &self.team,
+            &mut s.acts,
+            what,
+            &mut s.gate_up,
+            &mut s.gated,
+        );
+        if looked_at {
+            watch.at(l, Site::MlpPost, s.gated.x_mut(), spec.d_ff);
         }
-        self.project(&layer.down, &mut s.acts, &mut s.out);
+        self.project(&layer.down, &mut s.gated, &mut s.out);
         self.add_back(
             layer.ffn_post_norm.as_deref(),
             (watch, l, [Site::MlpOut, Site::ResidPost]),

@@ -1,0 +1,108 @@
+//! The middle of a gated feed-forward block: two products with the same activations become the activations of the next one.
+
+use std::ops::Range;
+
+use super::acts::Tile;
+use super::layout::BLOCK;
+use super::{Acts, Matrix, bf16_grain, matmul_first};
+use crate::cpu::Cpu;
+use crate::memory::Shared;
+use crate::team::Team;
+
+/// `gate = f(gate) * up`, element by element: [`silu_mul`](crate::ops::silu_mul), [`gelu_tanh_mul`](crate::ops::gelu_tanh_mul).
+pub type Gate = fn(Cpu, &mut [f32], &[f32]);
+
+/// What [`gated`] computes.
+#[derive(Clone, Copy)]
+pub struct Gated<'a> {
+    /// The matrix whose product goes through `f`.
+    pub gate: &'a Matrix,
+    /// The matrix whose product that is multiplied with.
+    pub up: &'a Matrix,
+    /// The nonlinearity, with the multiplication.
+    pub f: Gate,
+    /// Whether all values are wanted in f32: to be looked at, or for a matrix that is not quantised.
+    pub whole: bool,
+}
+
+impl Gated<'_> {
+    /// Whether rows that meet weights in bf16 can stay in it.
+    fn stays_in_bf16(&self) -> bool {
+        let (gate, up) = (self.gate, self.up);
+        !self.whole && gate.is_quantised() && up.is_quantised() && gate.n.is_multiple_of(BLOCK)
+    }
+}
+
+/// A part of it in bf16: some rows, some panels of both matrices.
+pub(super) struct Part<'a> {
+    pub(super) cpu: Cpu,
+    pub(super) gated: Gated<'a>,
+    pub(super) acts: &'a Acts,
+    pub(super) rows: Range<usize>,
+    pub(super) panels: Range<usize>,
+    /// `[tiles][gate.n / 32]`: this part alone writes its rows and panels of it.
+    pub(super) out: Shared<Tile>,
+}
+
+/// `out = f(acts * gate^T) * (acts * up^T)`, with the rows of `acts` in int8 in the same places. Rows that meet weights in bf16 go from tile
+/// to tile: their f32 values never leave the first cache, and the bits are those of the steps one by one. `buffers` are for all others.
+///
+/// Panics when the shapes of the matrices differ or are not those of `acts`.
+pub fn gated(
+    cpu: Cpu,
+    team: &Team,
+    acts: &mut Acts,
+    what: Gated<'_>,
+    buffers: &mut [Vec<f32>; 2],
+    out: &mut Acts,
+) {
+    let (rows, n) = (acts.rows(), what.gate.n);
+    assert_eq!(
+        (what.up.n, what.up.k),
+        (n, what.gate.k),
+        "gate and up have one shape"
+    );
+    let int8_rows = acts.int8_rows(cpu);
+    let fused = what.stays_in_bf16() && int8_rows < rows;
+    let plain = if fused { int8_rows } else { rows };
+    for y in buffers.iter_mut() {
+        y.resize(plain * n, 0.0);
+    }
+    let [gate, up] = buffers;
+    matmul_first(cpu, team, acts, plain, &mut [(what.gate, gate), (what.up, up)]);
+    let row = |r: usize, row: &mut [f32]| {
+        row.copy_from_slice(&gate[r * n..][..n]);
+        (what.f)(cpu, row, &up[r * n..][..n]);
+    };
+    if !fused {
+        out.set_int8_rows(Some(int8_rows));
+        return out.fill(team, rows, n, &row);
+    }
+    let tiles = out.fill_first(team, (rows, n), int8_rows, &row);
+    acts.round(cpu, team);
+    let (row_step, panel_step) = bf16_grain(team.threads(), rows - int8_rows, what.gate);
+    let mut parts = Vec::new();
+    for r in (int8_rows..rows).step_by(row_step) {
+        for p in (0..what.gate.panels()).step_by(panel_step) {
+            parts.push(Part {
+                cpu,
+                gated: what,
+                acts,
+                rows: r..rows.min(r + row_step),
+                panels: p..what.gate.panels().min(p + panel_step),
+                out: tiles,
+            });
+        }
+    }
+    team.run(parts.len(), &|i| run(&parts[i]));
+}
+
+fn run(part: &Part<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: rows in bf16 exist on a `Cpu` with AVX-512, BF16 and bf16 tiles that this process may use.
+    unsafe {
+        super::tiles::gated(part);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("{} rows in bf16 without tiles", part.rows.len());
+}
