@@ -124,21 +124,21 @@ impl Acts {
         self.changed(rows, k);
     }
 
-    /// As [`Acts::fill`], but `f` writes the first `int8_rows` rows only: of the others there are no values, just the tiles that this returns,
-    /// `[tiles][blocks]`, for the caller to write whole.
-    pub(super) fn fill_first(
-        &mut self,
-        team: &Team,
-        (rows, k): (usize, usize),
-        int8_rows: usize,
-        f: &(dyn Fn(usize, &mut [f32]) + Sync),
-    ) -> Shared<Tile> {
+    /// Rows of which the first `int8_rows` are still to be filled ([`Acts::fill_front`]). Of the others there are no values, just the tiles that
+    /// this returns, `[tiles][blocks]`, for the caller to write whole.
+    pub(super) fn room(&mut self, rows: usize, k: usize, int8_rows: usize) -> Shared<Tile> {
         self.int8_rows = Some(int8_rows);
-        self.fill(team, int8_rows, k, f);
-        (self.rows, self.rounded) = (rows, true);
+        self.changed(rows, k);
+        self.rounded = true;
         let tiles = (rows - int8_rows).div_ceil(TILE);
         self.bf16.resize(tiles * self.blocks(), Tile([[0; BLOCK]; TILE]));
         Shared::new(self.bf16.as_mut_ptr())
+    }
+
+    /// Fills the first `rows` rows after [`Acts::room`].
+    pub(super) fn fill_front(&mut self, team: &Team, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        self.x.resize(rows * self.k, 0.0);
+        team.per_row(&mut self.x, self.k, f);
     }
 
     /// The values as loaded, to be changed.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::acts::Tile;
 use super::layout::BLOCK;
-use super::{Acts, Matrix, bf16_grain, matmul_first};
+use super::{Acts, Matrix, Task, bf16_grain, matmul_first, meet_at_once, prepare, steps};
 use crate::cpu::Cpu;
 use crate::memory::Shared;
 use crate::team::Team;
@@ -57,11 +57,13 @@ pub fn gated(
     out: &mut Acts,
 ) {
     let (rows, n) = (acts.rows(), what.gate.n);
-    assert_eq!(
-        (what.up.n, what.up.k),
-        (n, what.gate.k),
-        "gate and up have one shape"
-    );
+    for w in [what.gate, what.up] {
+        assert_eq!(
+            (w.n, w.k),
+            (n, acts.k()),
+            "{w:?}: another shape than its gate or activations"
+        );
+    }
     let int8_rows = acts.int8_rows(cpu);
     let fused = what.stays_in_bf16() && int8_rows < rows;
     let plain = if fused { int8_rows } else { rows };
@@ -69,32 +71,59 @@ pub fn gated(
         y.resize(plain * n, 0.0);
     }
     let [gate, up] = buffers;
-    matmul_first(cpu, team, acts, plain, &mut [(what.gate, gate), (what.up, up)]);
-    let row = |r: usize, row: &mut [f32]| {
+    let (int8, bf16) = (0..int8_rows, int8_rows..rows);
+    let (row_step, panel_step) = bf16_grain(team.threads(), bf16.len(), what.gate);
+    let at_once = fused && meet_at_once(&int8, &bf16, row_step);
+    if !at_once {
+        matmul_first(cpu, team, acts, plain, &mut [(what.gate, gate), (what.up, up)]);
+    }
+    if fused {
+        prepare(cpu, team, acts, rows, &[what.gate, what.up]);
+        let tiles = out.room(rows, n, int8_rows);
+        let acts = &*acts;
+        let beside =
+            [(what.gate, &mut *gate), (what.up, &mut *up)].map(|(w, y)| (w, Shared::new(y.as_mut_ptr())));
+        let jobs: Vec<_> = steps(bf16, row_step)
+            .flat_map(|rows| {
+                steps(0..what.gate.panels(), panel_step).map(move |panels| (rows.clone(), panels))
+            })
+            .map(|(rows, panels)| {
+                let beside = beside.map(|(matrix, y)| Task {
+                    cpu,
+                    matrix,
+                    acts,
+                    rows: int8.clone(),
+                    panels: panels.clone(),
+                    y,
+                });
+                let part = Part {
+                    cpu,
+                    gated: what,
+                    acts,
+                    rows,
+                    panels,
+                    out: tiles,
+                };
+                (at_once.then_some(beside), part)
+            })
+            .collect();
+        team.run(jobs.len(), &|j| {
+            let (beside, part) = &jobs[j];
+            beside.iter().flatten().for_each(super::run);
+            run(part);
+        });
+    }
+    let (gate, up) = (&*gate, &*up);
+    let fill = |r: usize, row: &mut [f32]| {
         row.copy_from_slice(&gate[r * n..][..n]);
         (what.f)(cpu, row, &up[r * n..][..n]);
     };
-    if !fused {
+    if fused {
+        out.fill_front(team, int8_rows, &fill);
+    } else {
         out.set_int8_rows(Some(int8_rows));
-        return out.fill(team, rows, n, &row);
+        out.fill(team, rows, n, &fill);
     }
-    let tiles = out.fill_first(team, (rows, n), int8_rows, &row);
-    acts.round(cpu, team);
-    let (row_step, panel_step) = bf16_grain(team.threads(), rows - int8_rows, what.gate);
-    let mut parts = Vec::new();
-    for r in (int8_rows..rows).step_by(row_step) {
-        for p in (0..what.gate.panels()).step_by(panel_step) {
-            parts.push(Part {
-                cpu,
-                gated: what,
-                acts,
-                rows: r..rows.min(r + row_step),
-                panels: p..what.gate.panels().min(p + panel_step),
-                out: tiles,
-            });
-        }
-    }
-    team.run(parts.len(), &|i| run(&parts[i]));
 }
 
 fn run(part: &Part<'_>) {

@@ -194,17 +194,68 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
     if rows == 0 {
         return;
     }
+    let matrices: Vec<&Matrix> = products.iter().map(|(w, _)| *w).collect();
+    prepare(cpu, team, acts, rows, &matrices);
     let int8_rows = acts.int8_rows(cpu).min(rows);
-    let quantised = products.iter().any(|(w, _)| w.kind.record().is_some());
+    let acts = &*acts;
+    let mut jobs = Vec::new();
+    for (w, y) in products.iter_mut() {
+        let y = Shared::new(y.as_mut_ptr());
+        let task = |rows, panels| Task {
+            cpu,
+            matrix: w,
+            acts,
+            rows,
+            panels,
+            y,
+        };
+        let (int8, bf16) = match w.is_quantised() {
+            true => (0..int8_rows, int8_rows..rows),
+            false => (0..rows, rows..rows),
+        };
+        let (row_step, panel_step) = bf16_grain(team.threads(), bf16.len(), w);
+        if meet_at_once(&int8, &bf16, row_step) {
+            jobs.extend(steps(0..w.panels(), panel_step).map(|panels| {
+                (
+                    task(int8.clone(), panels.clone()),
+                    Some(task(bf16.clone(), panels)),
+                )
+            }));
+            continue;
+        }
+        for (rows, (row_step, panel_step)) in [
+            (int8.clone(), grain(team.threads(), int8.len(), w)),
+            (bf16, (row_step, panel_step)),
+        ] {
+            for rows in steps(rows, row_step) {
+                jobs.extend(
+                    steps(0..w.panels(), panel_step).map(|panels| (task(rows.clone(), panels), None)),
+                );
+            }
+        }
+    }
+    team.run(jobs.len(), &|j| {
+        let (task, then) = &jobs[j];
+        run(task);
+        then.iter().for_each(run);
+    });
+}
+
+/// Quantises and rounds what the first `rows` rows need to meet the matrices.
+fn prepare(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, matrices: &[&Matrix]) {
     assert!(
-        products.iter().all(|(w, _)| w.is_quantised()) || acts.x().len() >= rows * acts.k(),
+        matrices.iter().all(|w| w.is_quantised()) || acts.x().len() >= rows * acts.k(),
         "only bf16 is kept of these activations"
     );
-    if quantised && int8_rows < rows {
+    if !matrices.iter().any(|w| w.is_quantised()) {
+        return;
+    }
+    let int8_rows = acts.int8_rows(cpu).min(rows);
+    if int8_rows < rows {
         acts.round(cpu, team);
     }
-    if quantised && int8_rows > 0 {
-        let bytes = products.iter().any(|(w, _)| w.kind == Kind::I8);
+    if int8_rows > 0 {
+        let bytes = matrices.iter().any(|w| w.kind == Kind::I8);
         let form = match cpu.path() {
             Path::Avx2 if int8_rows > 1 && bytes && !cpu.avx_vnni() => Form::Wide,
             #[cfg(target_arch = "x86_64")]
@@ -213,37 +264,18 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
         };
         acts.quantise(cpu, team, form);
     }
-    let acts = &*acts;
-    let mut tasks = Vec::new();
-    for (w, y) in products.iter_mut() {
-        let y = Shared::new(y.as_mut_ptr());
-        let parts = match w.kind.record() {
-            Some(_) => [0..int8_rows, int8_rows..rows],
-            None => [0..rows, rows..rows],
-        };
-        for rows in parts.into_iter().filter(|rows| !rows.is_empty()) {
-            let (row_step, panel_step) = match rows.start < int8_rows || w.kind.record().is_none() {
-                true => grain(team.threads(), rows.len(), w),
-                false => bf16_grain(team.threads(), rows.len(), w),
-            };
-            for r in rows.clone().step_by(row_step) {
-                for p in (0..w.panels()).step_by(panel_step) {
-                    tasks.push(Task {
-                        cpu,
-                        matrix: w,
-                        acts,
-                        rows: r..rows.end.min(r + row_step),
-                        panels: p..w.panels().min(p + panel_step),
-                        y,
-                    });
-                }
-            }
-        }
-    }
-    if let [task] = &tasks[..] {
-        return run(task);
-    }
-    team.run(tasks.len(), &|t| run(&tasks[t]));
+}
+
+/// Whether rows of both kinds are few enough that one thread should let them meet the same panels one after the other: the weights then
+/// come from memory once.
+fn meet_at_once(int8: &Range<usize>, bf16: &Range<usize>, row_step: usize) -> bool {
+    !int8.is_empty() && int8.len() <= MAX_ROWS && !bf16.is_empty() && bf16.len() <= row_step
+}
+
+/// Ranges of `step`, the last one shorter.
+fn steps(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(step).map(move |at| at..end.min(at + step))
 }
 
 /// Most rows of a task: what its accumulators (16 f32 per row) may take of the first cache.
@@ -255,6 +287,7 @@ const GROUP: usize = 4;
 
 /// Rows and panels of a task: enough tasks that threads finish together, few enough that handing them out costs nothing.
 fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
+    let rows = rows.max(1);
     if threads == 1 {
         return (MAX_ROWS, w.panels());
     }
@@ -275,6 +308,7 @@ fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
 
 /// As [`grain`], for rows in bf16: unpacking a panel costs as much as 128 rows do, so all rows are in one task unless there are too few panels.
 fn bf16_grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
+    let rows = rows.max(1);
     if threads == 1 {
         return (rows.next_multiple_of(acts::TILE), w.panels());
     }

@@ -24,6 +24,8 @@ const GROUP_BYTES: usize = 1 << 20;
 /// Bytes of a tile of 16 rows, and of a row of it.
 const TILE_BYTES: usize = 1024;
 const LINE: usize = 64;
+/// How far ahead of what is unpacked the weights are asked for, bytes.
+const AHEAD: usize = 2048;
 
 /// A tile of sums.
 #[derive(Clone, Copy)]
@@ -141,6 +143,9 @@ unsafe fn unpack<K: Fixed>(records: &[u8], post: f32, to: *mut u8) {
         unsafe {
             let rec = rec.as_ptr();
             let tile = to.add(b * TILE_BYTES);
+            for line in (0..record.bytes()).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T0>(rec.wrapping_add(AHEAD + line).cast());
+            }
             let part = |part: usize| {
                 let at = rec.add(record.scale_at(part));
                 let scale = _mm512_mul_ps(load_f16(at), post);
@@ -267,8 +272,9 @@ unsafe fn gated_group(part: &Part<'_>, panels: Range<usize>, base: *const u8) {
     let (_, first) = part.acts.bf16(part.cpu);
     let first = (part.rows.start - first) / TILE;
     let out_blocks = part.gated.gate.n / BLOCK;
+    let rows = part.rows.len().min(TILE);
     // SAFETY: the caller's promise; a tile is at most 16 rows of 64 bytes.
-    unsafe { configure(&shapes(part.rows.len().min(TILE))) };
+    unsafe { configure(&shapes(rows)) };
     let zeros = Sums([[0.0; COLS]; TILE]);
     let (mut gate, mut up) = ([zeros; 2], [zeros; 2]);
     for tile in (0..tiles).step_by(2) {
@@ -289,10 +295,11 @@ unsafe fn gated_group(part: &Part<'_>, panels: Range<usize>, base: *const u8) {
                     store(2 * t + 1, up[t].0.as_mut_ptr().cast(), LINE);
                 }
                 for (t, (gate, up)) in gate.iter_mut().zip(&up).take(pair).enumerate() {
-                    (part.gated.f)(part.cpu, gate.0.as_flattened_mut(), up.0.as_flattened());
+                    let (gate, up) = (&mut gate.0[..rows], &up.0[..rows]);
+                    (part.gated.f)(part.cpu, gate.as_flattened_mut(), up.as_flattened());
                     let to = part.out.get().add((first + tile + t) * out_blocks + panel / 2);
                     let to: *mut u8 = to.cast::<u8>().add(panel % 2 * LINE / 2);
-                    for (r, row) in gate.0.iter().enumerate() {
+                    for (r, row) in gate.iter().enumerate() {
                         let values: __m256i =
                             std::mem::transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(row.as_ptr())));
                         _mm256_storeu_si256(to.add(r * LINE).cast(), values);
