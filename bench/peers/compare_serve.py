@@ -28,14 +28,32 @@ from engines import EQUAL, Engines, Failed, busy_seconds, json_lines, one, warn
 
 KINDS = ["prefix-repetition", "multi-turn"]
 LOADS = [1, 8, 32]
-# Conversations of a row: enough that most of them start while others run, few enough that the slower server needs about a minute.
-CONVERSATIONS = {1: 8, 8: 24, 32: 64}
-# A turn of a conversation is a request, and there are four.
-TURNS = 4
-# Tokens of a system prompt (of the user's turns of a conversation together) and of a question, system prompts, tokens of an answer.
+# Questions or conversations of a row, by how many are under way: enough that most of them start while others run, few enough that
+# the slower server needs about two minutes.
+COUNTS = {"prefix-repetition": {1: 8, 8: 24, 32: 48}, "multi-turn": {1: 4, 8: 16, 32: 32}}
+# Tokens of a system prompt and of a question behind it, system prompts, tokens of an answer.
 PREFIX, SUFFIX, PREFIXES, OUTPUT = 2048, 64, 4, 64
+# Turns of a conversation, each a request, and tokens that the user adds in each.
+TURNS, TURN = 4, 256
 SECONDS_TO_START = 60
+# A run that takes longer is given up: the setting is hopeless.
+SECONDS_OF_A_RUN = 300
 TOKENS_A_SEQUENCE = 2816
+
+
+# What vllm-rs is told of the traffic, and the percentiles that it is asked for.
+DATASETS = {
+    "prefix-repetition": [
+        "--dataset-name", "prefix_repetition", "--prefix-repetition-prefix-len", str(PREFIX),
+        "--prefix-repetition-suffix-len", str(SUFFIX), "--prefix-repetition-num-prefixes", str(PREFIXES),
+        "--prefix-repetition-output-len", str(OUTPUT),
+    ],
+    "multi-turn": [
+        "--dataset-name", "random", "--multi-turn", "--multi-turn-num-turns", str(TURNS),
+        "--random-input-len", str(TURN), "--random-output-len", str(OUTPUT),
+    ],
+}  # fmt: skip
+PERCENTS = range(1, 101)
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class Flags:
         )
 
 
+# The two most promising settings. They are tried on one format, and the better one on the other.
 FEW = [Flags(False, True), Flags(True, True)]
 TRIED = [Flags(fa, unified) for fa, unified in itertools.product([False, True], [True, False])] + [Flags(True, True, 256)]
 
@@ -68,9 +87,9 @@ def arguments():
     parser.add_argument("--threads", "-t", type=int, default=2)
     parser.add_argument("--ttft-ms", type=float, default=1000, help="a good request has its first token after this")
     parser.add_argument("--itl-ms", type=float, default=100, help="and takes this from token to token in the mean")
-    parser.add_argument("--few-flags", action="store_true", help="try only llama-server's four most promising settings")
+    parser.add_argument("--few-flags", action="store_true", help="try only llama-server's three most promising settings")
     parser.add_argument("--fairness", action="store_true", help="a stream beside prompts of 7,000 words, instead of the rows")
-    parser.add_argument("--own-client", action="store_true", help="`antefix bench --serve` on every row, instead of vllm-rs where it can")
+    parser.add_argument("--own-client", action="store_true", help="`antefix bench --serve` instead of vllm-rs")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--only-antefix", action="store_true")
     only.add_argument("--only-scan", action="store_true", help="try llama-server's flags on each row and stop")
@@ -146,14 +165,16 @@ class Beside:
     def antefix(self, load):
         port = free_port()
         argv = [self.engines.antefix_binary, "serve", "-m", self.engines.file(self.args.model, "shipped")]
-        return Server([*argv, "--port", str(port), "-t", str(self.args.threads)], port)
+        argv += ["--served-model-name", self.args.model, "--port", str(port), "-t", str(self.args.threads)]
+        return Server(argv, port)
 
     def llama(self, load, format, flags):
         port, slots = free_port(), max(load, 2)
         # Fairness needs room for one prompt of 8,192 tokens beside a stream.
         context = 2 * 8192 if self.args.fairness else slots * TOKENS_A_SEQUENCE
         argv = [str(self.engines.folder / "bin" / "llama-server"), "-m", self.engines.file(self.args.model, format)]
-        argv += ["--host", "127.0.0.1", "--port", str(port), "-t", str(self.args.threads), "-c", str(context)]
+        argv += ["--alias", self.args.model, "--host", "127.0.0.1", "--port", str(port)]
+        argv += ["-t", str(self.args.threads), "-c", str(context)]
         argv += ["--parallel", str(slots), "-kvu" if flags.unified else "-no-kvu", "-fa", "on" if flags.fa else "off"]
         if flags.reuse:
             argv += ["--cache-reuse", str(flags.reuse)]
@@ -167,68 +188,93 @@ class Beside:
 
     def watched(self, server, argv):
         busy, own, start = busy_seconds(), server.seconds(), time.monotonic()
-        client = subprocess.run(argv, capture_output=True, text=True, check=False)
+        try:
+            client = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=SECONDS_OF_A_RUN)
+        except subprocess.TimeoutExpired as error:
+            raise Failed(f"not done after {SECONDS_OF_A_RUN} seconds") from error
         if client.returncode:
             raise Failed(f"`{' '.join(argv)}` failed: {client.stderr.strip()[-400:]}")
         # The client's processor time is part of the others': it is small, and the same for both.
         others = busy_seconds() - busy - (server.seconds() - own)
         return client.stdout, max(0.0, others / (time.monotonic() - start) / os.cpu_count())
 
-    def vllm(self, server, load, requests, seed):
+    def vllm(self, server, kind, load, count, seed):
+        """A row by vllm-rs. The base address ends in `/v1`, where neither server has a `/tokenize`: llama-server's differs from vLLM's,
+        which the client takes it for. Without one, it counts tokens with the tokenizer that it is given."""
+        limits = {"ttft": self.args.ttft_ms, "tpot": self.args.itl_ms}
         with tempfile.TemporaryDirectory() as folder:
-            argv = [str(self.client / "vllm-rs"), "bench", "serve", "--backend", "openai-chat", "--base-url", server.url]
-            argv += ["--tokenizer", str(self.client / self.args.model), "--dataset-name", "prefix_repetition"]
-            argv += ["--prefix-repetition-prefix-len", str(PREFIX), "--prefix-repetition-suffix-len", str(SUFFIX)]
-            argv += ["--prefix-repetition-num-prefixes", str(PREFIXES), "--prefix-repetition-output-len", str(OUTPUT)]
-            argv += ["--num-prompts", str(requests), "--max-concurrency", str(load), "--seed", str(seed), "--ignore-eos"]
-            argv += ["--temperature", "0", "--goodput", f"ttft:{self.args.ttft_ms:g}", f"tpot:{self.args.itl_ms:g}"]
-            argv += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,90,99", "--disable-tqdm"]
-            argv += ["--no-steady-state", "--save-result", "--result-dir", folder, "--result-filename", "row.json"]
+            argv = [str(self.client / "vllm-rs"), "bench", "serve", "--backend", "openai-chat", "--base-url", f"{server.url}/v1"]
+            argv += ["--endpoint", "/chat/completions", "--model", self.args.model, "--tokenizer", str(self.client / self.args.model)]
+            argv += DATASETS[kind]
+            argv += ["--num-prompts", str(count), "--max-concurrency", str(load), "--seed", str(seed), "--ignore-eos"]
+            argv += ["--temperature", "0", "--goodput", *(f"{name}:{most:g}" for name, most in limits.items())]
+            argv += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", ",".join(map(str, PERCENTS))]
+            argv += ["--disable-tqdm", "--no-steady-state", "--save-result", "--result-dir", folder, "--result-filename", "row.json"]
             _, others = self.watched(server, argv)
             found = json.loads((Path(folder) / "row.json").read_text())
+        if not found["completed"]:
+            raise Failed(f"no answer: {json.dumps(found.get('failed_requests', ''))[:400]}")
         spread = lambda name: {f"p{q}": found[f"p{q}_{name}_ms"] for q in (50, 90, 99)}  # noqa: E731
         return {
-            "client": "vllm-rs", "client_argv": shown(argv), "kind": "prefix_repetition", "concurrency": load, "seed": seed,
+            "client": "vllm-rs", "client_argv": shown(argv), "kind": kind, "concurrency": load, "seed": seed,
             "requests": found["completed"], "errors": found["failed"], "seconds": found["duration"],
-            "requests_s": found["request_throughput"], "goodput": found["request_goodput"],
+            "requests_s": found["request_throughput"], **good(found, limits),
             "tok_s": found["output_throughput"], "prompt_tok_s": found["input_throughput"],
             "ttft_ms": spread("ttft"), "itl_ms": spread("itl"), "tpot_ms": spread("tpot"),
         }, others  # fmt: skip
 
-    def row(self, server, row, conversations, seed):
-        """One measured row: by vllm-rs where it can count good requests, else by `antefix bench --serve`."""
+    def row(self, server, row, count, seed):
+        """One measured row: by vllm-rs, or by `antefix bench --serve`."""
         kind, load = row.split(":")
-        if kind == "prefix-repetition" and self.neutral:
-            return self.vllm(server, int(load), conversations, seed)
-        conversations = conversations if kind != "multi-turn" else -(-conversations // 2)
+        if self.neutral:
+            return self.vllm(server, kind, int(load), count, seed)
+        words = PREFIX if kind == "prefix-repetition" else TURN * TURNS
         return self.ask(
-            server, "--traffic", kind, "--concurrency", load, "--conversations", str(conversations), "--seed", str(seed),
-            "--turns", str(TURNS), "--prefix-words", str(PREFIX), "--output-tokens", str(OUTPUT), "--ttft-ms", str(self.args.ttft_ms), "--itl-ms", str(self.args.itl_ms),
+            server, "--traffic", kind, "--concurrency", load, "--conversations", str(count), "--seed", str(seed),
+            "--turns", str(TURNS), "--prefix-words", str(words), "--output-tokens", str(OUTPUT), "--ttft-ms", str(self.args.ttft_ms), "--itl-ms", str(self.args.itl_ms),
         )  # fmt: skip
 
 
-def conversations(load):
-    return CONVERSATIONS.get(load, 2 * load)
+def good(found, limits):
+    """Good requests a second. In conversations vllm-rs does not count them, but its percentiles say how many requests keep each limit:
+    at least those that can not all break one of the two, at most those that keep the harder one."""
+    if "request_goodput" in found:
+        return {"goodput": found["request_goodput"]}
+    kept = [max((q for q in PERCENTS if found[f"p{q}_{name}_ms"] <= most), default=0) / 100 for name, most in limits.items()]
+    return {"goodput": found["request_throughput"] * max(0, sum(kept) - 1), "goodput_most": found["request_throughput"] * min(kept)}
+
+
+def count(row):
+    kind, load = row.split(":")
+    return COUNTS[kind].get(int(load), 2 * int(load))
 
 
 def scan(session, beside, row):
     """llama-server's best format and flags for `row`: most good requests a second, then most tokens a second."""
     load = int(row.split(":")[1])
-    tried = []
-    for format, flags in itertools.product(EQUAL, FEW if beside.args.few_flags else TRIED):
-        try:
-            with beside.llama(load, format, flags) as server:
-                found, others = beside.row(server, row, max(load, 4), seed=99)
-        except Failed as error:
-            warn(f"{row}: {format}, {flags.words()}: {error}")
-            continue
-        session.write({"phase": "scan", "row": row, "engine": "llama.cpp", "format": format, "flags": flags.words(),
-                       "others": round(others, 3), **found, "argv": shown(server.argv)})  # fmt: skip
-        warn(f"{row}: {format}, {flags.words()}: {found['goodput']:.2f} good/s, {found['tok_s']:.0f} tok/s")
-        tried.append(((found["goodput"], found["tok_s"]), (format, flags)))
-    if not tried:
-        raise Failed(f"llama-server could not be run on {row}")
-    return max(tried, key=lambda it: it[0])[1]
+    tried = {}
+
+    def best(settings):
+        for format, flags in settings:
+            try:
+                with beside.llama(load, format, flags) as server:
+                    found, others = beside.row(server, row, max(load, count(row) // 2), seed=99)
+            except Failed as error:
+                warn(f"{row}: {format}, {flags.words()}: {error}")
+                continue
+            session.write({"phase": "scan", "row": row, "engine": "llama.cpp", "format": format, "flags": flags.words(),
+                           "others": round(others, 3), **found, "argv": shown(server.argv)})  # fmt: skip
+            warn(f"{row}: {format}, {flags.words()}: {found['goodput']:.2f} good/s, {found['tok_s']:.0f} tok/s")
+            tried[format, flags] = found["goodput"], found["tok_s"]
+        if not tried:
+            raise Failed(f"llama-server could not be run on {row}")
+        return max(tried, key=tried.get)
+
+    if not beside.args.few_flags:
+        return best(itertools.product(EQUAL, TRIED))
+    *others, first = EQUAL
+    _, flags = best((first, flags) for flags in FEW)
+    return best((format, flags) for format in others)
 
 
 def kept(path, row):
@@ -259,7 +305,7 @@ def measure(session, beside, args):
             for engine, format, words_, start in contenders:
                 # A cold server each time, and other texts in each pair.
                 with start() as server:
-                    found, others = beside.row(server, row, conversations(load), seed=pair + 1)
+                    found, others = beside.row(server, row, count(row), seed=pair + 1)
                 session.write({"phase": "pair", "pair": pair, "row": row, "engine": engine, "format": format, "flags": words_,
                                "model": args.model, "others": round(others, 3), **found, "argv": shown(server.argv)})  # fmt: skip
                 warn(f"{row} pair {pair + 1}: {engine}: {found['goodput']:.2f} good/s of {found['requests_s']:.2f}, "
@@ -303,7 +349,10 @@ def table(lines):
         for (engine, format, flags), runs in engines.items():
             name = engine if engine == "antefix" else f"{engine} {format}, {flags}"
             ttft, token = (f"{median(runs, key, 'p50'):.0f} / {median(runs, key, 'p99'):.0f}" for key in ("ttft_ms", "itl_ms"))
-            out.append(f"| {kind} | {load} | {name} | {median(runs, 'goodput'):.2f} | {median(runs, 'requests_s'):.2f} | "
+            goodput = f"{median(runs, 'goodput'):.2f}"
+            if "goodput_most" in runs[0] and (most := f"{median(runs, 'goodput_most'):.2f}") != goodput:
+                goodput += f" to {most}"
+            out.append(f"| {kind} | {load} | {name} | {goodput} | {median(runs, 'requests_s'):.2f} | "
                        f"{median(runs, 'tok_s'):.0f} | {ttft} | {token} | {runs[0]['client']} |")  # fmt: skip
             kind = load = ""
     groups = {}
