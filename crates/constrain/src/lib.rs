@@ -2,9 +2,12 @@
 //!
 //! The grammars are `llguidance`'s: it is the engine behind several servers' structured output, its masks cost tens of microseconds a
 //! token, and its limits on compilation and on every step are explicit. Ours: the vocabulary built once a model, white space bounded,
-//! and the engine's [`Constraint`] on top.
+//! a limit on the time that following a grammar takes, and the engine's [`Constraint`] on top.
+
+mod watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use antefix_engine::{BoxedConstraint, Constraint, ConstraintFailed};
 use antefix_models::tokenizer::{Specials, Tokenizer};
@@ -12,9 +15,19 @@ use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{InferenceCapabilities, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
+use watch::Watch;
 
 /// Bytes of a schema, an expression or a grammar at most.
 const MAX_SOURCE: usize = 256 << 10;
+/// States of a grammar's lexer at most, 1 to 2 KB each.
+const MAX_LEXER_STATES: usize = 50_000;
+/// Time that following a grammar may take at once: other requests wait for it. It runs out with what is used, and every token adds
+/// [`TIME_A_TOKEN`]. Most take less than a hundredth of that.
+const TIME_AT_ONCE: Duration = Duration::from_millis(250);
+/// What a grammar may take for a token in the long run.
+const TIME_A_TOKEN: Duration = Duration::from_millis(10);
+/// What the first mask may take: nobody waits for it but its own request.
+const TIME_TO_START: Duration = Duration::from_secs(2);
 
 /// What an answer must follow.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +63,9 @@ pub enum GrammarError {
     /// The tokenizer has no end token.
     #[error("the model's tokenizer has no end token, so no answer could end where the grammar does")]
     NoEnd,
+    /// The system has no thread left for what ends grammars that take too long.
+    #[error("grammars cannot be followed: {0}")]
+    NoWatch(String),
 }
 
 struct Env {
@@ -76,13 +92,14 @@ impl TokenizerEnv for Env {
 pub struct Vocabulary {
     factory: ParserFactory,
     size: usize,
+    watch: Arc<Watch>,
 }
 
 impl Vocabulary {
     /// Sorts the tokens into a trie. Special tokens are never produced as plain text.
     ///
     /// # Errors
-    /// When the tokenizer has no end token, or `llguidance` refuses it.
+    /// When the tokenizer has no end token, `llguidance` refuses it, or there is no thread left.
     pub fn new(tokenizer: &Arc<Tokenizer>) -> Result<Self, GrammarError> {
         let size = tokenizer.vocab_size();
         let ends: Vec<u32> = (0..size as u32).filter(|&id| tokenizer.is_end(id)).collect();
@@ -127,9 +144,15 @@ impl Vocabulary {
         factory.quiet();
         *factory.limits_mut() = ParserLimits {
             verbose_errors: false,
+            max_lexer_states: MAX_LEXER_STATES,
             ..ParserLimits::default()
         };
-        Ok(Self { factory, size })
+        let watch = Watch::new().map_err(|e| GrammarError::NoWatch(e.to_string()))?;
+        Ok(Self {
+            factory,
+            size,
+            watch: Arc::new(watch),
+        })
     }
 
     /// A constraint at its start.
@@ -158,14 +181,22 @@ impl Vocabulary {
                 TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
             }
         };
-        let matcher = Matcher::new(self.factory.create_parser(top));
-        match matcher.get_error() {
-            Some(error) => Err(GrammarError::Invalid(first_line(&error))),
-            None => Ok(BoxedConstraint(Box::new(Follow {
-                matcher,
-                size: self.size,
-            }))),
+        let matcher = Matcher::new(self.factory.create_parser(top)).into_cancellable();
+        if let Some(error) = matcher.get_error() {
+            return Err(GrammarError::Invalid(first_line(&error)));
         }
+        let mut follow = Follow {
+            matcher,
+            size: self.size,
+            watch: Arc::clone(&self.watch),
+            left: TIME_TO_START,
+        };
+        // The first mask takes longest, and is remembered.
+        follow
+            .mask(&mut [])
+            .map_err(|failed| GrammarError::Invalid(failed.0))?;
+        follow.left = TIME_AT_ONCE;
+        Ok(BoxedConstraint(Box::new(follow)))
     }
 }
 
@@ -192,6 +223,28 @@ fn bounded(schema: &Value) -> Result<Value, GrammarError> {
 struct Follow {
     matcher: Matcher,
     size: usize,
+    watch: Arc<Watch>,
+    /// Time that it may still take at once.
+    left: Duration,
+}
+
+impl Follow {
+    /// Does a part of the work of following the grammar, as long as there is time for it.
+    fn work<T>(
+        &mut self,
+        part: impl FnOnce(&mut Matcher) -> Result<T, ConstraintFailed>,
+    ) -> Result<T, ConstraintFailed> {
+        let handle = self.matcher.cancellation_handle().unwrap_or_default();
+        let (done, took) = self.watch.run(handle, self.left, || part(&mut self.matcher));
+        self.left = self.left.saturating_sub(took);
+        match self.matcher.is_cancelled() {
+            true => Err(ConstraintFailed(format!(
+                "following the grammar takes too long: more than {} ms a token",
+                TIME_A_TOKEN.as_millis()
+            ))),
+            false => done,
+        }
+    }
 }
 
 fn failed(error: impl std::fmt::Display) -> ConstraintFailed {
@@ -200,7 +253,8 @@ fn failed(error: impl std::fmt::Display) -> ConstraintFailed {
 
 impl Constraint for Follow {
     fn mask(&mut self, logits: &mut [f32]) -> Result<(), ConstraintFailed> {
-        let allowed = self.matcher.compute_mask_or_eos().map_err(failed)?;
+        self.left = self.left.max(TIME_AT_ONCE.min(self.left + TIME_A_TOKEN));
+        let allowed = self.work(|m| m.compute_mask_or_eos().map_err(failed))?;
         for (id, logit) in logits.iter_mut().enumerate() {
             if id >= self.size || !allowed.is_allowed(id as u32) {
                 *logit = f32::NEG_INFINITY;
@@ -210,21 +264,107 @@ impl Constraint for Follow {
     }
 
     fn commit(&mut self, token: u32) -> Result<(), ConstraintFailed> {
-        self.matcher.consume_token(token).map_err(failed)
+        self.work(|m| m.consume_token(token).map_err(failed))
     }
 
     fn is_done(&self) -> bool {
-        self.matcher.is_stopped()
+        self.matcher.is_stopped() && !self.matcher.is_error()
     }
 
     fn forced(&mut self) -> Vec<u32> {
-        self.matcher.consume_ff_tokens()
+        // What goes wrong here, the next mask says.
+        self.work(|m| Ok(m.consume_ff_tokens())).unwrap_or_default()
     }
 
     fn fork(&self) -> Box<dyn Constraint> {
         Box::new(Self {
             matcher: self.matcher.deep_clone(),
             size: self.size,
+            watch: Arc::clone(&self.watch),
+            left: self.left,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use antefix_models::gguf::Gguf;
+    use antefix_models::spec::Arch;
+    use antefix_models::testing::tiny_gguf;
+
+    #[test]
+    fn what_takes_too_long_fails_and_is_not_done() {
+        let tokenizer = Tokenizer::from_gguf(&Gguf::parse(tiny_gguf(Arch::Llama, 11)).unwrap()).unwrap();
+        let vocabulary = Vocabulary::new(&Arc::new(tokenizer)).unwrap();
+        let matcher = |text: &str| {
+            let parser = vocabulary
+                .factory
+                .create_parser(TopLevelGrammar::from_regex(text));
+            Matcher::new(parser).into_cancellable()
+        };
+        let mut follow = Follow {
+            matcher: matcher("[a-z]+"),
+            size: vocabulary.size,
+            watch: Arc::clone(&vocabulary.watch),
+            left: TIME_AT_ONCE,
+        };
+        let mut logits = vec![0.0; vocabulary.size];
+        follow.mask(&mut logits).unwrap();
+        let whole = follow.left;
+        let slept = follow.work(|_| {
+            std::thread::sleep(Duration::from_millis(30));
+            Ok(())
+        });
+        slept.unwrap();
+        assert!(
+            follow.left + Duration::from_millis(30) <= whole,
+            "time is used up"
+        );
+        // As a mask of an ambiguous grammar does, which looks whether it may go on.
+        let failed = follow.work(|m| {
+            while !m.is_cancelled() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        });
+        assert!(failed.unwrap_err().0.contains("too long"));
+        assert!(follow.forced().is_empty() && !follow.is_done());
+        assert!(follow.mask(&mut logits).is_err() && follow.fork().mask(&mut logits).is_err());
+        // A failure of another kind is no end, either.
+        follow.matcher = matcher("ab");
+        assert!(follow.commit(0).is_err() && !follow.is_done());
+    }
+
+    #[test]
+    fn an_ambiguous_grammar_ends_in_time() {
+        let tokenizer = Tokenizer::from_gguf(&Gguf::parse(tiny_gguf(Arch::Llama, 11)).unwrap()).unwrap();
+        let vocabulary = Vocabulary::new(&Arc::new(tokenizer)).unwrap();
+        // Without a bound this takes minutes.
+        let ways: Vec<String> = (2..40).map(|n| vec!["s"; n].join(" ")).collect();
+        let lark = format!("start: s\ns: {} | /[a-z]/ | \" \"", ways.join(" | "));
+        let begun = std::time::Instant::now();
+        let mut constraint = vocabulary.constrain(&Grammar::Lark(lark)).unwrap().0;
+        let mut logits = vec![0.0; vocabulary.size];
+        let mut tokens = 0u32;
+        let failed = loop {
+            logits.fill(0.0);
+            if let Err(failed) = constraint.mask(&mut logits) {
+                break failed;
+            }
+            let end = vocabulary.size - 1;
+            let token = (0..end).rev().find(|&id| logits[id] == 0.0).unwrap_or(end);
+            if let Err(failed) = constraint.commit(token as u32) {
+                break failed;
+            }
+            tokens += 1;
+        };
+        let may = TIME_TO_START + TIME_AT_ONCE + TIME_A_TOKEN * tokens;
+        assert!(
+            begun.elapsed() < may * 4,
+            "{tokens} tokens, {:?}: {failed}",
+            begun.elapsed()
+        );
+        assert!(!constraint.is_done());
     }
 }

@@ -354,6 +354,8 @@ fn parts(app: &App, text: &str, form: &Form) -> (String, Vec<Value>) {
 
 /// What one choice has streamed so far.
 struct Choice {
+    /// Whether its role is told. That waits for the first token: clients take the first chunk for it.
+    begun: bool,
     splitter: Splitter,
     calls: usize,
 }
@@ -377,16 +379,11 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
         // The client is gone when nobody receives: the generation is dropped with this task and cancelled.
         let mut choices: Vec<Choice> = (0..n)
             .map(|_| Choice {
+                begun: false,
                 splitter: Splitter::new(form.opened),
                 calls: 0,
             })
             .collect();
-        for index in 0..n {
-            let first = json!({"role": "assistant", "content": ""});
-            if !lines.send(&chunk(index, first, Value::Null, None)).await {
-                return;
-            }
-        }
         let mut usages = vec![antefix_engine::Usage::default(); n];
         loop {
             let Ok(next) = lines.next(&mut running).await else {
@@ -418,6 +415,12 @@ fn streamed(app: Arc<App>, form: Form, mut running: Running, n: usize) -> Respon
             if let Some(error) = end.and_then(failure) {
                 lines.send(&error.body()).await;
                 return;
+            }
+            if !std::mem::replace(&mut choice.begun, true) {
+                let first = json!({"role": "assistant", "content": ""});
+                if !lines.send(&chunk(index, first, Value::Null, None)).await {
+                    return;
+                }
             }
             let mut pieces = match form.calls {
                 true => choice.splitter.push(&text),

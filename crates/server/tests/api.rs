@@ -46,6 +46,11 @@ async fn streamed_and_whole_answers_agree() {
                 .flat_map(|c| c["choices"].as_array().unwrap())
                 .filter(move |c| c["index"] == index)
         };
+        let roles: Vec<_> = mine().map(|c| c["delta"]["role"] == "assistant").collect();
+        assert!(
+            roles[0] && !roles[1..].contains(&true),
+            "once, at its start: {roles:?}"
+        );
         let said: String = mine().filter_map(|c| c["delta"]["content"].as_str()).collect();
         assert_eq!(whole["choices"][index]["message"]["content"], said);
         let logprobs: Vec<&Value> = mine()
@@ -695,6 +700,12 @@ async fn an_answer_that_cannot_go_on_fails_by_name_and_alone() {
     assert_eq!(failed.0, 400, "{}", failed.1);
     assert_eq!(failed.1["error"]["code"], "constraint_failed");
     assert!(failed.1["error"]["message"].as_str().unwrap().contains("hint: "));
+    // Its masks get harder and harder, but nobody waits for long.
+    let loads = call(&fresh, Request::get("/v1/loads").body(Body::empty()).unwrap());
+    let loads = loads.await.1;
+    let steps = loads["steps"].as_array().unwrap().iter();
+    let longest = steps.map(|s| s["ms"].as_f64().unwrap()).fold(0.0, f64::max);
+    assert!(longest < 2_000.0, "{longest} ms");
     assert_eq!(
         [&a["choices"], &b["choices"], &c["choices"]],
         [&alone[0], &alone[1], &alone[2]]
