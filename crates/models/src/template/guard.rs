@@ -71,11 +71,12 @@ fn pay(state: &State, value: &Value, depth: usize) -> Result<usize, Error> {
     if depth > MAX_DEPTH {
         return Err(too_deep());
     }
+    // Of short strings, too, there can be millions.
+    state.consume_fuel(1)?;
     if let Some(text) = value.as_str() {
         pay_bytes(state, text.len())?;
         return Ok(text.len() + 2);
     }
-    state.consume_fuel(1)?;
     let mut bytes = 24;
     // An iterator that ends once it has been walked has no length.
     let again = value.kind() != ValueKind::Iterable || value.len().is_some();
