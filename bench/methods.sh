@@ -79,9 +79,9 @@ d() { # documents reused in any order, and from disk; 10 min
 e() { # temperature and scale, many shots beyond the window, times; 12 min
   rows ape-settings.jsonl analyse ape -m smollm2 -n 8 --json
   rows ape-settings.jsonl analyse ape -m qwen2.5-coder-0.5b -n 8 --json
-  # 1, 2, 4 .. 128 examples of at most 80 tokens; SmolLM2 was trained on 8,192.
-  rows many-shot.jsonl eval many-shot -m smollm2 --shot-tokens 80 --lengths 110,190,350,670,1310,2590,5150,10270 -n 16 --json \
-    --sweep dense --sweep ape --sweep ape,T=1,S=1 # 5 min
+  # About 1, 2, 4 .. 128 examples of 17 tokens, and 600: SmolLM2 was trained on 8,192 tokens.
+  rows many-shot.jsonl eval many-shot -m smollm2 --shot-tokens 256 --lengths 50,68,102,168,310,580,1120,2210,10240 -n 24 --json \
+    --sweep dense --sweep ape --sweep ape,T=1,S=1 # 4 min
   repro ape # 4 min
 }
 

@@ -53,7 +53,7 @@ pub(crate) struct Args {
     /// Digits of the numbers that are hidden; small models manage few
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..=18))]
     digits: u32,
-    /// Tokens of each example of `many-shot`, filler included; 0: as short as they are
+    /// Tokens of a document of examples in `many-shot`, for methods that reuse documents; 0: each example is one
     #[arg(long, default_value_t = 0)]
     shot_tokens: usize,
     /// Filler out of this text instead of generated sentences
@@ -109,7 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         tokenizer: &tokenizer,
         prose: &prose,
         digits: args.digits,
-        shot: args.shot_tokens,
+        shots: args.shot_tokens,
     };
     let subject = distance::Subject {
         model: &model,

@@ -45,7 +45,7 @@ impl Runner {
         let reuses = program.as_ref().is_some_and(|p| p.chunk_use().is_some());
         let options = Options {
             // A cache policy writes what stays before the rest is freed; documents fill pages of their own.
-            kv_bytes: sizes.bytes_for(context + 64) * if reuses { 4 } else { 2 }
+            kv_bytes: sizes.bytes_for(context + 64) * if reuses { 6 } else { 2 }
                 + sizes.shape().block_bytes(),
             context,
             budget: Budget::default(),

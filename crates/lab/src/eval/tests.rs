@@ -41,7 +41,7 @@ fn what_was_stored_is_not_computed_again() {
         tokenizer: &tokenizer,
         prose: &prose,
         digits: 4,
-        shot: 0,
+        shots: 0,
     };
     let go = |earlier: &[Record]| {
         let mut runner = Runner::new(&model, &tokenizer, ("tiny", 512), None, false);
@@ -101,7 +101,7 @@ fn a_full_disk_ends_the_run_with_its_reason() {
         tokenizer: &tokenizer,
         prose: &prose,
         digits: 4,
-        shot: 0,
+        shots: 0,
     };
     let mut runner = Runner::new(&model, &tokenizer, ("tiny", 512), None, false);
     let full = |_: Step<'_>| Err(std::io::Error::other("no space"));

@@ -79,7 +79,7 @@ pub fn calibration(
         tokenizer: &subject.tokenizer,
         prose: &Prose::Generated,
         digits: 5,
-        shot: 0,
+        shots: 0,
     };
     let examples = (0..search.examples as u64)
         .map(|i| {

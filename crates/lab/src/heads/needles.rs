@@ -75,7 +75,7 @@ impl NeedleRuns {
             tokenizer: &subject.tokenizer,
             prose: &Prose::Generated,
             digits: 5,
-            shot: 0,
+            shots: 0,
         };
         let context = subject.model.spec().context;
         let sample = needle_run(&kit, &NEEDLES[needle], length, depth, rng.u64(..))

@@ -102,7 +102,7 @@ impl Bench {
             tokenizer: &self.subject.tokenizer,
             prose: &self.prose,
             digits,
-            shot: 0,
+            shots: 0,
         }
     }
 

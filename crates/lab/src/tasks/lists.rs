@@ -1,5 +1,7 @@
 //! Tasks over lists, tables and documents.
 
+use std::ops::Range;
+
 use super::needle::name;
 use super::{Kit, Sample, lay};
 
@@ -311,21 +313,19 @@ pub(super) fn many_shot(kit: &Kit<'_>, length: usize, rng: &mut fastrand::Rng) -
     let room = length.checked_sub(question.len())?;
     let mut context = kit.start();
     context.extend(kit.encode("Texts and their labels."));
-    let mut parts = Vec::new();
+    let mut parts: Vec<Range<usize>> = Vec::new();
     loop {
         let (text, label) = line(rng);
-        let mut shot = kit.encode(&format!("\nText: {text}\nLabel: {label}"));
-        let filler = kit.shot.saturating_sub(shot.len());
-        if filler > 0 {
-            let sentences = kit.prose.sentences(kit.tokenizer, filler, rng);
-            shot.splice(..0, sentences.into_iter().flatten());
-        }
+        let shot = kit.encode(&format!("\nText: {text}\nLabel: {label}"));
         let from = context.len();
         if from + shot.len() > room {
             break;
         }
         context.extend(shot);
-        parts.push(from..context.len());
+        match parts.last_mut() {
+            Some(part) if context.len() - part.start <= kit.shots => part.end = context.len(),
+            _ => parts.push(from..context.len()),
+        }
     }
     (!parts.is_empty()).then(|| Sample {
         context,

@@ -190,8 +190,8 @@ pub struct Kit<'a> {
     pub prose: &'a Prose,
     /// Digits of the numbers that needles hide; 7 in RULER, fewer for small models.
     pub digits: u32,
-    /// Tokens of each example of `many-shot`, filler included; 0: as short as they are.
-    pub shot: usize,
+    /// Tokens of a document of examples in `many-shot`: as many examples as fit stand in one, at least one.
+    pub shots: usize,
 }
 
 impl Kit<'_> {

@@ -16,7 +16,7 @@ fn kit<'a>(tokenizer: &'a Tokenizer, prose: &'a Prose) -> Kit<'a> {
         tokenizer,
         prose,
         digits: 5,
-        shot: 0,
+        shots: 0,
     }
 }
 
@@ -129,26 +129,32 @@ fn needles_for_heads_mark_their_answers() {
 }
 
 #[test]
-fn examples_are_parts_of_their_own_and_as_long_as_asked() {
+fn examples_share_documents_of_the_size_asked_for() {
     let (tokenizer, prose) = (tokenizer(), Prose::Generated);
-    let short = kit(&tokenizer, &prose);
-    let long = Kit { shot: 400, ..short };
-    let parts = |kit: &Kit<'_>| Task::ManyShot.sample(kit, 4000, 0.5, 9).expect("long enough");
-    let sample = parts(&long);
-    // Filler ends with a sentence, before the example is full.
-    assert!((8..=14).contains(&sample.parts.len()), "{}", sample.parts.len());
-    assert!(parts(&short).parts.len() > 2 * sample.parts.len());
-    let mut at = sample.parts[0].start;
-    assert!(at > 0, "something stands in front of the first");
-    for part in sample.documents() {
-        assert_eq!(part.start, at);
-        let text = tokenizer.decode(&sample.context[part.clone()]);
-        assert_eq!(text.matches("\nLabel: ").count(), 1, "{text}");
-        assert!(part.len() <= 400);
-        at = part.end;
+    let alone = kit(&tokenizer, &prose);
+    let grouped = Kit { shots: 400, ..alone };
+    let of = |kit: &Kit<'_>| Task::ManyShot.sample(kit, 4000, 0.5, 9).expect("long enough");
+    let (alone, grouped) = (of(&alone), of(&grouped));
+    assert_eq!(alone.context, grouped.context, "only the borders differ");
+    let labels = |s: &Sample| -> Vec<usize> {
+        let texts = s.parts.iter().map(|p| tokenizer.decode(&s.context[p.clone()]));
+        texts.map(|t| t.matches("\nLabel: ").count()).collect()
+    };
+    assert!(labels(&alone).iter().all(|&n| n == 1));
+    let grouped_labels = labels(&grouped);
+    assert!(grouped_labels.len() >= 10 && grouped_labels[..9].iter().all(|&n| n > 2));
+    assert_eq!(grouped_labels.iter().sum::<usize>(), alone.parts.len());
+    for s in [alone, grouped] {
+        let mut at = s.parts[0].start;
+        assert!(at > 0, "something stands in front of the first");
+        for part in s.documents() {
+            assert!(part.start == at && part.len() <= 400);
+            at = part.end;
+        }
+        assert_eq!(at, s.context.len());
     }
-    assert_eq!(at, sample.context.len());
-    let needle = Task::Needle.sample(&short, 3000, 0.5, 9).expect("long enough");
+    let needle = Task::Needle.sample(&kit(&tokenizer, &prose), 3000, 0.5, 9);
+    let needle = needle.expect("long enough");
     let whole = needle.documents();
     assert_eq!((whole.len(), whole[0].clone()), (1, 1..needle.context.len()));
 }
