@@ -12,8 +12,15 @@ heads=${ANTEFIX_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/antefix}/profiles/heads
 long=${LONG:-0}
 mkdir -p "$out" "$heads"
 
-# Runs a command and appends what it prints to a file of rows.
-rows() { local file=$1; shift; echo "== $*" >&2; "$antefix" "$@" >> "$out/$file"; }
+failed=0
+
+# Runs a command and appends what it prints to a file of rows. One that fails does not end the others.
+rows() {
+  local file=$1
+  shift
+  echo "== $(date +%T) antefix $*" >&2
+  "$antefix" "$@" >> "$out/$file" || { failed=1; echo "failed: antefix $*" >&2; }
+}
 repro() { rows repro.jsonl repro "$@" --json --out "$out"; }
 
 b() { # retrieval heads: table, heat map, masking curve; 12 min
@@ -24,7 +31,7 @@ b() { # retrieval heads: table, heat map, masking curve; 12 min
     rows masking-$model.jsonl analyse heads --kind retrieval -m $model --runs 60 --lengths $lengths --json \
       --out "$heads/$model.json" --rows "$out/retrieval_heads-$model.jsonl" --heat-map "$out/retrieval_heads-$model.svg" \
       --mask 0,1,2,4,8,16,32 --mask-prompts 12 --mask-draws 5 --mask-plot "$out/masking-$model.svg"
-    cp "$heads/$model.json" "$out/heads-$model.json"
+    [ ! -f "$heads/$model.json" ] || cp "$heads/$model.json" "$out/heads-$model.json"
   done
   repro retrieval_heads # 7 min
 }
@@ -127,3 +134,4 @@ for item in "${@:-b c d e f g h hooks}"; do
     esac
   done
 done
+exit $failed
