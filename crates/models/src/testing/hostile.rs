@@ -357,6 +357,10 @@ pub fn tokenizer_jsons() -> Vec<Named> {
             with("/normalizer", steps(json!({"type": "NFC"}), 30_000)),
         ),
         (
+            "many-steps",
+            with("/normalizer", steps(json!({"type": "NFC"}), 65)),
+        ),
+        (
             "no-step",
             with("/pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
         ),

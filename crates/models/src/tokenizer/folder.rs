@@ -21,6 +21,8 @@ use crate::error::shown;
 const MAX_BYTES: u64 = 256 << 20;
 /// The largest part of it, the model and the added tokens aside: real ones have up to 2 kB.
 const MAX_PART: usize = 64 << 10;
+/// Steps of a normalizer or pre-tokenizer: real ones have up to a dozen, and each walks the whole text.
+const MAX_STEPS: usize = 64;
 /// Regular expressions of one part, and the longest: each may take 10 MB once compiled.
 const MAX_PATTERNS: usize = 6;
 const MAX_PATTERN: usize = 2 << 10;
@@ -180,6 +182,12 @@ fn steps<'a>(name: &str, json: &'a Value) -> Result<Option<&'a Value>, String> {
         true => whole[list].as_array().map_or(one, Vec::as_slice),
         false => one,
     };
+    if steps.len() > MAX_STEPS {
+        return Err(format!(
+            "has a `{name}` of {} steps, at most {MAX_STEPS} are supported",
+            steps.len()
+        ));
+    }
     let (mut patterns, mut growth) = (0, 1usize);
     for step in steps {
         let known = step["type"].as_str().is_some_and(|kind| is_known(name, kind));
