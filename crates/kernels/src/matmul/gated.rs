@@ -78,7 +78,7 @@ pub fn gated(
         matmul_first(cpu, team, acts, plain, &mut [(what.gate, gate), (what.up, up)]);
     }
     if fused {
-        prepare(cpu, team, acts, rows, &[what.gate, what.up]);
+        prepare(cpu, team, acts, rows, [what.gate, what.up].into_iter());
         let tiles = out.room(rows, n, int8_rows);
         let acts = &*acts;
         let beside =

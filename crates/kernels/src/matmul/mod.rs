@@ -194,8 +194,7 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
     if rows == 0 {
         return;
     }
-    let matrices: Vec<&Matrix> = products.iter().map(|(w, _)| *w).collect();
-    prepare(cpu, team, acts, rows, &matrices);
+    prepare(cpu, team, acts, rows, products.iter().map(|(w, _)| *w));
     let int8_rows = acts.int8_rows(cpu).min(rows);
     let acts = &*acts;
     let mut jobs = Vec::new();
@@ -242,12 +241,18 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
 }
 
 /// Quantises and rounds what the first `rows` rows need to meet the matrices.
-fn prepare(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, matrices: &[&Matrix]) {
+fn prepare<'a>(
+    cpu: Cpu,
+    team: &Team,
+    acts: &mut Acts,
+    rows: usize,
+    mut matrices: impl Iterator<Item = &'a Matrix> + Clone,
+) {
     assert!(
-        matrices.iter().all(|w| w.is_quantised()) || acts.x().len() >= rows * acts.k(),
+        matrices.clone().all(Matrix::is_quantised) || acts.x().len() >= rows * acts.k(),
         "only bf16 is kept of these activations"
     );
-    if !matrices.iter().any(|w| w.is_quantised()) {
+    if !matrices.clone().any(Matrix::is_quantised) {
         return;
     }
     let int8_rows = acts.int8_rows(cpu).min(rows);
@@ -255,7 +260,7 @@ fn prepare(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, matrices: &[&Mat
         acts.round(cpu, team);
     }
     if int8_rows > 0 {
-        let bytes = matrices.iter().any(|w| w.kind == Kind::I8);
+        let bytes = matrices.any(|w| w.kind == Kind::I8);
         let form = match cpu.path() {
             Path::Avx2 if int8_rows > 1 && bytes && !cpu.avx_vnni() => Form::Wide,
             #[cfg(target_arch = "x86_64")]

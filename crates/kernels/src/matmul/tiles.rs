@@ -187,14 +187,14 @@ unsafe fn unpack<K: Fixed>(records: &[u8], post: f32, to: *mut u8) {
     }
 }
 
-/// The tiles of `rows` in `acts`, and how many there are.
-fn tiles_of(cpu: Cpu, acts: &Acts, rows: &Range<usize>) -> (*const u8, usize) {
+/// The first tile of `rows` in `acts`, and which tiles of all rows in bf16 they are.
+fn tiles_of(cpu: Cpu, acts: &Acts, rows: &Range<usize>) -> (*const u8, Range<usize>) {
     let blocks = acts.blocks();
     let (x, first) = acts.bf16(cpu);
     assert!(rows.start >= first && (rows.start - first).is_multiple_of(TILE) && blocks > 0);
-    let from = (rows.start - first) / TILE * blocks;
-    let tiles = rows.len().div_ceil(TILE);
-    (x[from..from + tiles * blocks].as_ptr().cast(), tiles)
+    let from = (rows.start - first) / TILE;
+    let tiles = from..from + rows.len().div_ceil(TILE);
+    (x[tiles.start * blocks..tiles.end * blocks].as_ptr().cast(), tiles)
 }
 
 /// All rows of the task against unpacked panels: two tiles of rows and two panels at a time, so that every loaded tile is used twice.
@@ -206,6 +206,7 @@ fn tiles_of(cpu: Cpu, acts: &Acts, rows: &Range<usize>) -> (*const u8, usize) {
 unsafe fn group(task: &Task<'_>, panels: Range<usize>, base: *const u8) {
     let blocks = task.acts.blocks();
     let (x, tiles) = tiles_of(task.cpu, task.acts, &task.rows);
+    let tiles = tiles.len();
     let rows = task.rows.len().min(TILE);
     // SAFETY: the caller's promise; a tile is at most 16 rows of 64 bytes.
     unsafe { configure(&shapes(rows)) };
@@ -269,8 +270,7 @@ unsafe fn gated_group(part: &Part<'_>, panels: Range<usize>, base: *const u8) {
     let blocks = part.acts.blocks();
     let step = blocks * TILE_BYTES;
     let (x, tiles) = tiles_of(part.cpu, part.acts, &part.rows);
-    let (_, first) = part.acts.bf16(part.cpu);
-    let first = (part.rows.start - first) / TILE;
+    let (first, tiles) = (tiles.start, tiles.len());
     let out_blocks = part.gated.gate.n / BLOCK;
     let rows = part.rows.len().min(TILE);
     // SAFETY: the caller's promise; a tile is at most 16 rows of 64 bytes.
