@@ -11,7 +11,7 @@ use antefix_kernels::cpu::Cpu;
 use antefix_lab::host::EngineHost;
 use antefix_models::spec::Arch;
 use antefix_papers::ALL;
-use antefix_papers::heads::{FORMAT, HeadProfile, HeadTest};
+use antefix_papers::heads::HeadProfile;
 use antefix_state::PAGE_ROWS;
 
 const PROMPT: usize = 300;
@@ -28,33 +28,12 @@ impl Drop for Folder {
 /// A profile in which head 0 of layer 0 alone scores.
 fn profile(host: &EngineHost) -> HeadProfile {
     let facts = host.facts();
-    let layers = facts.layers.len();
-    let test = |name: &str| {
-        let mut score = vec![vec![0.0; facts.heads]; layers];
-        score[0][0] = 1.0;
-        HeadTest {
-            name: name.into(),
-            what: "made up".into(),
-            runs: 1,
-            accepted: 1,
-            tokens: [10, 10],
-            seed: 0,
-            score,
-            active: None,
-            half_spearman: None,
-        }
-    };
-    HeadProfile {
-        format: FORMAT.into(),
-        model: facts.name.clone(),
-        sha256: String::new(),
-        engine: String::new(),
-        layers,
-        heads: facts.heads,
-        kv_heads: facts.kv_heads,
-        local_layers: Vec::new(),
-        tests: ["semantic", "induction", "echo"].map(test).into(),
-    }
+    let mut score = vec![vec![0.0; facts.heads]; facts.layers.len()];
+    score[0][0] = 1.0;
+    HeadProfile::example(
+        facts,
+        ["semantic", "induction", "echo"].map(|name| (name, score.clone())),
+    )
 }
 
 fn host(test: &str) -> (EngineHost, Folder) {

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use antefix_attention::method::{Axis, Card, Kind, Profiles};
 use antefix_models::testing::Rng;
-use antefix_papers::heads::{FORMAT, HeadProfile, HeadTest};
+use antefix_papers::heads::HeadProfile;
 use antefix_server::Server;
 use axum::Router;
 use common::{ok, server_with};
@@ -34,36 +34,14 @@ fn write_profile(folder: &Path) {
     );
     let facts = model.facts();
     let mut rng = Rng(5);
-    let test = |name: &str| HeadTest {
-        name: name.into(),
-        what: "made up".into(),
-        runs: 1,
-        accepted: 1,
-        tokens: [10, 10],
-        seed: 0,
-        score: facts
-            .layers
-            .iter()
-            .map(|_| {
-                (0..facts.heads)
-                    .map(|_| 0.1 + (rng.bits() % 1000) as f32 / 1000.0)
-                    .collect()
-            })
-            .collect(),
-        active: None,
-        half_spearman: None,
+    let mut score = || 0.1 + (rng.bits() % 1000) as f32 / 1000.0;
+    let mut table = || -> Vec<Vec<f32>> {
+        let layers = facts.layers.iter();
+        layers
+            .map(|_| (0..facts.heads).map(|_| score()).collect())
+            .collect()
     };
-    let profile = HeadProfile {
-        format: FORMAT.into(),
-        model: facts.name.clone(),
-        sha256: String::new(),
-        engine: String::new(),
-        layers: facts.layers.len(),
-        heads: facts.heads,
-        kv_heads: facts.kv_heads,
-        local_layers: Vec::new(),
-        tests: MEASURED.map(test).into(),
-    };
+    let profile = HeadProfile::example(&facts, MEASURED.map(|name| (name, table())));
     std::fs::create_dir_all(folder.join("heads")).unwrap();
     let text = serde_json::to_string(&profile).unwrap();
     std::fs::write(folder.join("heads/made_up.json"), text).unwrap();

@@ -4,7 +4,7 @@ use antefix_attention::method::{Chosen, Facts, Profiles, Program, RawChoice};
 
 use super::*;
 use crate::case::{Case, Shape, kept};
-use crate::heads::{FORMAT, HeadProfile, HeadTest};
+use crate::heads::HeadProfile;
 use crate::kv_baselines::reference::{snapkv, softmax};
 
 #[test]
@@ -25,30 +25,9 @@ fn profile(eviction: Option<Vec<f32>>) -> String {
             .map(|l| (0..facts.heads).map(|h| f(l, h)).collect())
             .collect()
     };
-    let test = |name: &str, score| HeadTest {
-        name: name.into(),
-        what: "made up".into(),
-        runs: 1,
-        accepted: 1,
-        tokens: [10, 10],
-        seed: 0,
-        score,
-        active: None,
-        half_spearman: None,
-    };
-    let mut tests = vec![test("semantic", table(&|l, h| ((l + h) % facts.heads) as f32))];
-    tests.extend(eviction.map(|e| test("eviction", table(&|l, _| e[l]))));
-    let profile = HeadProfile {
-        format: FORMAT.into(),
-        model: facts.name.clone(),
-        sha256: String::new(),
-        engine: String::new(),
-        layers: facts.layers.len(),
-        heads: facts.heads,
-        kv_heads: facts.kv_heads,
-        local_layers: vec![1],
-        tests,
-    };
+    let mut scores = vec![("semantic", table(&|l, h| ((l + h) % facts.heads) as f32))];
+    scores.extend(eviction.map(|e| ("eviction", table(&|l, _| e[l]))));
+    let profile = HeadProfile::example(&facts, scores);
     serde_json::to_string(&profile).expect("plain data")
 }
 

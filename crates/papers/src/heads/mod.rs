@@ -1,5 +1,6 @@
 //! Profiles of heads: what was measured of every head of a model, in one file format for all methods that choose heads.
 
+use antefix_attention::method::Facts;
 use serde::{Deserialize, Serialize};
 
 mod choose;
@@ -112,6 +113,37 @@ pub struct Ranked {
 }
 
 impl HeadProfile {
+    /// A made-up profile of a model for tests: measurements by name with their scores `[L][Hq]`.
+    pub fn example<'a>(facts: &Facts, scores: impl IntoIterator<Item = (&'a str, Vec<Vec<f32>>)>) -> Self {
+        let test = |(name, score): (&str, _)| HeadTest {
+            name: name.into(),
+            what: "made up".into(),
+            runs: 1,
+            accepted: 1,
+            tokens: [10, 10],
+            seed: 0,
+            score,
+            active: None,
+            half_spearman: None,
+        };
+        let local = facts
+            .layers
+            .iter()
+            .enumerate()
+            .filter(|(_, l)| l.window.is_some());
+        Self {
+            format: FORMAT.into(),
+            model: facts.name.clone(),
+            sha256: String::new(),
+            engine: String::new(),
+            layers: facts.layers.len(),
+            heads: facts.heads,
+            kv_heads: facts.kv_heads,
+            local_layers: local.map(|(l, _)| l).collect(),
+            tests: scores.into_iter().map(test).collect(),
+        }
+    }
+
     /// Reads a profile and checks it against a model of `layers`, `heads` and `kv_heads`.
     ///
     /// # Errors
