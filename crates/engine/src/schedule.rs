@@ -41,9 +41,14 @@ pub enum Beside {
     /// This many rows.
     Rows(usize),
     /// As many rows as make the step take at most this many times what the decoding sequences alone would take, by the [`Pace`]
-    /// of past steps; always 1 row at least, so that prompts move on.
+    /// of past steps; always 1 row at least, so that prompts move on. Where more prompts wait than sequences decode, what they add is
+    /// multiplied by how many wait for each of those, up to [`CROWD`]: more people wait for a first token than for the next one, and
+    /// short chunks pay again and again for what a step with any rows of a prompt costs.
     Factor(f64),
 }
+
+/// The most prompts for each decoding sequence that count in [`Beside::Factor`].
+pub const CROWD: f64 = 4.0;
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,7 +96,6 @@ pub fn schedule(seqs: &[SeqView], budget: Budget, pace: &Pace) -> Batch {
         });
         work.add(s.pending, s.keys, true);
     }
-    let mut room = Room::new(&work, budget, pace);
     let mut prompts: Vec<SeqView> = seqs
         .iter()
         .filter(|s| !s.decoding && s.pending > 0)
@@ -100,6 +104,8 @@ pub fn schedule(seqs: &[SeqView], budget: Budget, pace: &Pace) -> Batch {
     let Some(&oldest) = prompts.first() else {
         return batch;
     };
+    let crowd = prompts.len() as f64 / batch.parts.len().max(1) as f64;
+    let mut room = Room::new(&work, crowd, budget, pace);
     let first = room.take(&oldest, if prompts.len() > 1 { 0.5 } else { 1.0 });
     prompts[0].pending -= first;
     prompts[0].keys += first;
@@ -125,14 +131,15 @@ struct Room<'a> {
 }
 
 impl<'a> Room<'a> {
-    fn new(decoding: &Work, budget: Budget, pace: &'a Pace) -> Self {
+    /// Beside `decoding`, with `crowd` prompts for each of its sequences.
+    fn new(decoding: &Work, crowd: f64, budget: Budget, pace: &'a Pace) -> Self {
         let left = budget.rows.saturating_sub(decoding.decode_rows);
         let (rows, seconds) = match budget.beside_decode {
             _ if decoding.decode_rows == 0 => (budget.rows.max(1), None),
             Beside::Rows(rows) => (left.min(rows), None),
             Beside::Factor(factor) => (
                 left.max(1),
-                Some((factor - 1.0).max(0.0) * pace.seconds(decoding)),
+                Some((factor - 1.0).max(0.0) * crowd.clamp(1.0, CROWD) * pace.seconds(decoding)),
             ),
         };
         Self {
@@ -236,6 +243,32 @@ mod tests {
         assert!(rows(3.0, 0) > rows(3.0, 20_000), "keys before a chunk count");
         assert_eq!(rows(1.0, 0), 1, "prompts move on, whatever the factor");
         assert_eq!(rows(1e9, 0), 63, "the rows of a step are a limit, too");
+    }
+
+    #[test]
+    fn prompts_that_are_in_the_majority_have_more_room() {
+        let mut pace = Pace::new(1_000_000, 100, false);
+        let mut work = Work::default();
+        work.add(1, 50, true);
+        pace.learn(&work, 1e-3);
+        work.add(4, 0, false);
+        pace.learn(&work, 1.4e-3); // a row takes 0.1 ms
+        let rows = |prompts: u64, streams: u64| -> usize {
+            let seqs: Vec<_> = (0..prompts)
+                .map(|i| view(i, 9000, false))
+                .chain((0..streams).map(|i| SeqView {
+                    keys: 50,
+                    ..view(100 + i, 1, true)
+                }))
+                .collect();
+            let parts = parts_with(&seqs, Beside::Factor(2.0), &pace);
+            parts.iter().filter(|p| p.0 < 100).map(|p| p.1).sum()
+        };
+        let one = rows(1, 1);
+        assert!((7..=10).contains(&one), "{one}");
+        assert!((3 * one - 3..=3 * one + 3).contains(&rows(3, 1)), "{}", rows(3, 1));
+        assert!((4 * one - 4..=4 * one + 4).contains(&rows(20, 1)), "not without end");
+        assert!(rows(2, 2) < 2 * one, "two beside two are not in the majority");
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl Session {
     /// From now on the angles and hooks of `program` hold, for texts of up to `tokens` tokens.
     ///
     /// # Errors
-    /// When it rewrites prompts or cuts caches.
+    /// When it rewrites prompts, cuts caches or reuses documents.
     pub fn run_under(&mut self, program: &Program, tokens: usize) -> Result<(), NotForTexts> {
         if !program.scores_texts() {
             return Err(NotForTexts {

@@ -67,9 +67,10 @@ impl Program {
         }
     }
 
-    /// Whether it only changes angles and activations, so that a text can be computed as it is and scored token by token.
+    /// Whether it only changes angles and activations, so that a text can be computed as it is and scored token by token: no prompt
+    /// is rewritten, no cache cut, no document computed apart from what stands before it.
     pub fn scores_texts(&self) -> bool {
-        self.prompt.is_empty() && self.policy.is_none()
+        self.prompt.is_empty() && self.policy.is_none() && self.chunks.is_none()
     }
 
     /// What is computed instead of `prompt`.

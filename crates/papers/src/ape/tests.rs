@@ -1,5 +1,6 @@
 //! ape through the algebra of states, as the attention core computes it, against its reference.
 
+use antefix_attention::method::{Chosen, Facts, Knobs, Profiles, Rig};
 use antefix_state::State;
 
 use super::reference::{Rows, attention};
@@ -164,4 +165,14 @@ fn the_question_begins_behind_the_longest_document() {
     let layout = HOW.layout(10, &[5, 70, 3]);
     assert_eq!((layout.deltas, layout.next), (vec![0; 3], 80));
     assert_eq!(HOW.mend(24, 78), None);
+}
+
+#[test]
+fn a_text_as_it_is_cannot_be_scored_under_it() {
+    let chosen = Chosen {
+        method: &Ape,
+        knobs: Knobs::defaults(&CARD),
+    };
+    let program = Rig::assemble(&Facts::example(), &Profiles::default(), &[chosen]).expect("it goes");
+    assert!(!program.scores_texts(), "its documents lie side by side");
 }
