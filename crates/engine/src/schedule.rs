@@ -42,13 +42,13 @@ pub enum Beside {
     Rows(usize),
     /// As many rows as make the step take at most this many times what the decoding sequences alone would take, by the [`Pace`]
     /// of past steps; always 1 row at least, so that prompts move on. Where more prompts wait than sequences decode, what they add is
-    /// multiplied by how many wait for each of those, up to [`CROWD`]: more people wait for a first token than for the next one, and
+    /// multiplied by how many wait for each of those, up to 4: more people wait for a first token than for the next one, and
     /// short chunks pay again and again for what a step with any rows of a prompt costs.
     Factor(f64),
 }
 
 /// The most prompts for each decoding sequence that count in [`Beside::Factor`].
-pub const CROWD: f64 = 4.0;
+const CROWD: f64 = 4.0;
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -266,8 +266,15 @@ mod tests {
         };
         let one = rows(1, 1);
         assert!((7..=10).contains(&one), "{one}");
-        assert!((3 * one - 3..=3 * one + 3).contains(&rows(3, 1)), "{}", rows(3, 1));
-        assert!((4 * one - 4..=4 * one + 4).contains(&rows(20, 1)), "not without end");
+        assert!(
+            (3 * one - 3..=3 * one + 3).contains(&rows(3, 1)),
+            "{}",
+            rows(3, 1)
+        );
+        assert!(
+            (4 * one - 4..=4 * one + 4).contains(&rows(20, 1)),
+            "not without end"
+        );
         assert!(rows(2, 2) < 2 * one, "two beside two are not in the majority");
     }
 

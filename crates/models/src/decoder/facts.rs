@@ -1,5 +1,6 @@
 //! What methods may know of a model, and the angles that they may ask for.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use antefix_attention::Angles;
@@ -15,9 +16,12 @@ impl Words for Tokenizer {
     }
 }
 
-/// Tables of angles that requests have asked for, kept as long as the model.
+/// Tables of angles kept for the next request: with as many settings as anybody may send there is no end to them.
+const TABLES: usize = 32;
+
+/// Tables of angles that requests have asked for last, the oldest first.
 #[derive(Default)]
-pub(super) struct AngleTables(Mutex<Vec<(Rotation, Arc<Angles>)>>);
+pub(super) struct AngleTables(Mutex<VecDeque<(Rotation, Arc<Angles>)>>);
 
 impl Model {
     /// What methods may know of it.
@@ -46,7 +50,7 @@ impl Model {
         }
     }
 
-    /// The tables of `rotation`: computed once, and shared by all requests that ask for the same.
+    /// The tables of `rotation`, shared by requests that ask for the same; the last few dozen are kept.
     pub fn angles(&self, rotation: &Rotation) -> Arc<Angles> {
         let mut tables = self.angles.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, angles)) = tables.iter().find(|(known, _)| known == rotation) {
@@ -65,7 +69,66 @@ impl Model {
             |kind: &crate::spec::LayerKind| kind.window.is_none().then(|| Arc::clone(&ropes[kind.rope]));
         let layers = spec.layer_kinds.iter().map(changed).collect();
         let angles = Arc::new(Angles::new(rotation.clone(), layers));
-        tables.push((rotation.clone(), Arc::clone(&angles)));
+        if tables.len() == TABLES {
+            tables.pop_front();
+        }
+        tables.push_back((rotation.clone(), Arc::clone(&angles)));
         angles
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use antefix_attention::method::Freq;
+
+    use antefix_kernels::cpu::Cpu;
+    use antefix_kernels::matmul::Precision;
+    use antefix_kernels::team::Team;
+
+    use super::*;
+    use crate::files::ModelFiles;
+    use crate::gguf::Gguf;
+    use crate::spec::Arch;
+    use crate::testing::tiny_gguf;
+
+    fn model(arch: Arch) -> Model {
+        let gguf = Gguf::parse(tiny_gguf(arch, 1)).expect("it is sound");
+        let files = ModelFiles::from_gguf(gguf, "tiny.gguf".as_ref()).expect("it is whole");
+        Model::load(files, Cpu::best(), Arc::new(Team::new(1)), Precision::Fast).expect("known formats")
+    }
+
+    fn stretched(factor: f64) -> Rotation {
+        Rotation {
+            freq: Freq::Linear { factor },
+            ..Rotation::default()
+        }
+    }
+
+    #[test]
+    fn layers_with_a_window_keep_their_angles_whatever_is_asked() {
+        let model = model(Arch::Gemma3);
+        let angles = model.angles(&stretched(4.0));
+        let windows: Vec<bool> = model
+            .spec()
+            .layer_kinds
+            .iter()
+            .map(|k| k.window.is_some())
+            .collect();
+        assert!(windows.contains(&true) && windows.contains(&false));
+        for (layer, window) in windows.into_iter().enumerate() {
+            assert_eq!(angles.rope(layer).is_none(), window, "layer {layer}");
+        }
+    }
+
+    #[test]
+    fn tables_are_shared_and_do_not_pile_up() {
+        let model = model(Arch::Llama);
+        let first = model.angles(&stretched(2.0));
+        assert!(Arc::ptr_eq(&first, &model.angles(&stretched(2.0))));
+        for i in 0..1000 {
+            model.angles(&stretched(3.0 + f64::from(i)));
+        }
+        assert!(model.angles.0.lock().expect("no panic").len() <= TABLES);
+        assert!(!Arc::ptr_eq(&first, &model.angles(&stretched(2.0))));
     }
 }

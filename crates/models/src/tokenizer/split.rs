@@ -41,13 +41,15 @@ impl Pre {
     /// The pieces of `text`, in order, without gaps.
     pub(super) fn split(self, text: &str) -> impl Iterator<Item = &str> {
         let mut rest = text;
+        // Bytes up to the next number, found once for all the pieces before it.
+        let mut plain = 0;
         std::iter::from_fn(move || {
             if rest.is_empty() {
                 return None;
             }
             let len = match self {
                 Self::Gpt2 => gpt2(rest),
-                Self::SmolLm => smollm(rest),
+                Self::SmolLm => smollm(rest, &mut plain),
                 Self::Qwen2 => gpt4(rest, 1),
                 Self::Llama3 => gpt4(rest, 3),
             };
@@ -128,13 +130,18 @@ fn gpt2(text: &str) -> usize {
     space(text)
 }
 
-/// Digits alone; between them GPT-2's pattern, which must not look beyond the next digit.
-fn smollm(text: &str) -> usize {
-    match text.find(is_number) {
-        Some(0) => text.chars().next().map_or(0, char::len_utf8),
-        Some(end) => gpt2(&text[..end]),
-        None => gpt2(text),
+/// Digits alone; between them GPT-2's pattern, which must not look beyond the next digit. `plain`: bytes of `text` that are known to
+/// hold none, 0 at first; what is taken is taken off.
+fn smollm(text: &str, plain: &mut usize) -> usize {
+    if *plain == 0 {
+        *plain = run(text, |c| !is_number(c));
     }
+    if *plain == 0 {
+        return text.chars().next().map_or(0, char::len_utf8);
+    }
+    let len = gpt2(&text[..*plain]);
+    *plain -= len;
+    len
 }
 
 /// `(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,digits}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
@@ -206,7 +213,28 @@ mod tests {
                 assert_eq!(cut(pre, text).concat(), text);
             }
         }
-        let long = " ".repeat(1 << 20) + &"a".repeat(1 << 20);
-        assert_eq!(cut(Pre::Qwen2, &long).len(), 2);
+        // Anything that looks at the rest of the text for each piece would take hours.
+        let long = |parts: &[&str]| {
+            parts
+                .iter()
+                .map(|p| p.repeat((1 << 21) / p.len()))
+                .collect::<String>()
+        };
+        let texts = [
+            long(&[" ", "a"]),
+            long(&["word "]),
+            long(&["1"]),
+            long(&["a", "1"]),
+            long(&["'s", "x'"]),
+            long(&["\n ", "\n"]),
+            long(&[" \n.", ".\n "]),
+            long(&["½ Ж\u{3000}"]),
+        ];
+        for pre in [Pre::Gpt2, Pre::SmolLm, Pre::Qwen2, Pre::Llama3] {
+            for text in &texts {
+                assert_eq!(pre.split(text).map(str::len).sum::<usize>(), text.len());
+            }
+        }
+        assert_eq!(cut(Pre::Qwen2, &texts[0]).len(), 2);
     }
 }

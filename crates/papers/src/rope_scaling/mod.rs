@@ -158,4 +158,65 @@ mod tests {
             }
         }
     }
+
+    /// Laws 2, 3 and 8 of that specification, for any base, stretch and number of dimensions.
+    #[test]
+    fn ends_and_ramps_obey_their_laws() {
+        use antefix_attention::method::Freq;
+        let near = |a: f32, b: f64| (f64::from(a) / b - 1.0).abs() < 1e-6;
+        for (base, dims, original) in [
+            (1e4, 64, 4096.0),
+            (1e5, 64, 8192.0),
+            (1e6, 128, 32_768.0),
+            (5e5, 256, 8192.0),
+        ] {
+            let plain = Freq::Base { base }.apply(base, &vec![0.0; dims / 2]);
+            let last = f64::from(plain[dims / 2 - 1]);
+            for factor in [1.5, 2.0, 4.0, 32.0] {
+                // Interpolation: the angle at `p` is the plain one at `p / s`.
+                let linear = Freq::Linear { factor }.apply(base, &plain);
+                assert!(
+                    linear
+                        .iter()
+                        .zip(&plain)
+                        .all(|(&l, &p)| near(l, f64::from(p) / factor))
+                );
+                // NTK-aware: the fastest pair untouched, the slowest stretched all the way.
+                let ntk = Freq::Ntk { factor }.apply(base, &plain);
+                assert!(
+                    ntk[0] == 1.0 && near(ntk[dims / 2 - 1], last / factor),
+                    "{base} {factor}"
+                );
+                // YaRN and by parts differ on their ramps only.
+                let parts = Freq::ByParts {
+                    factor,
+                    low: 1.0,
+                    high: 32.0,
+                    original,
+                };
+                let yarn = Freq::Yarn {
+                    factor,
+                    fast: 32.0,
+                    slow: 1.0,
+                    original,
+                };
+                let (parts, yarn) = (parts.apply(base, &plain), yarn.apply(base, &plain));
+                let mut outside = [0, 0];
+                for (i, &f) in plain.iter().enumerate() {
+                    let turns = original * f64::from(f) / std::f64::consts::TAU;
+                    // Yarn's ramp ends on whole pairs, up to one beyond.
+                    let step = base.powf(2.0 / dims as f64);
+                    if turns > 32.0 * step {
+                        assert_eq!((parts[i], yarn[i]), (f, f), "fast pair {i}");
+                        outside[0] += 1;
+                    } else if turns < 1.0 / step {
+                        assert_eq!(parts[i], yarn[i], "slow pair {i}");
+                        assert!(near(yarn[i], f64::from(f) / factor));
+                        outside[1] += 1;
+                    }
+                }
+                assert!(outside.iter().all(|&n| n > 3), "{outside:?}");
+            }
+        }
+    }
 }
