@@ -41,14 +41,13 @@ pub enum Beside {
     /// This many rows.
     Rows(usize),
     /// As many rows as make the step take at most this many times what the decoding sequences alone would take, by the [`Pace`]
-    /// of past steps; always 1 row at least, so that prompts move on. Where more prompts wait than sequences decode, what they add is
-    /// multiplied by how many wait for each of those, up to 4: more people wait for a first token than for the next one, and
-    /// short chunks pay again and again for what a step with any rows of a prompt costs.
+    /// of past steps; always 1 row at least, so that prompts move on. With several prompts that is what each of them may add, up to 3 of
+    /// them: several people wait, and short chunks pay again and again for what a step with any rows of a prompt costs.
     Factor(f64),
 }
 
-/// The most prompts for each decoding sequence that count in [`Beside::Factor`].
-const CROWD: f64 = 4.0;
+/// The most prompts that count in [`Beside::Factor`].
+const CROWD: usize = 3;
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -104,8 +103,7 @@ pub fn schedule(seqs: &[SeqView], budget: Budget, pace: &Pace) -> Batch {
     let Some(&oldest) = prompts.first() else {
         return batch;
     };
-    let crowd = prompts.len() as f64 / batch.parts.len().max(1) as f64;
-    let mut room = Room::new(&work, crowd, budget, pace);
+    let mut room = Room::new(&work, prompts.len(), budget, pace);
     let first = room.take(&oldest, if prompts.len() > 1 { 0.5 } else { 1.0 });
     prompts[0].pending -= first;
     prompts[0].keys += first;
@@ -131,15 +129,15 @@ struct Room<'a> {
 }
 
 impl<'a> Room<'a> {
-    /// Beside `decoding`, with `crowd` prompts for each of its sequences.
-    fn new(decoding: &Work, crowd: f64, budget: Budget, pace: &'a Pace) -> Self {
+    /// Of `prompts` prompts beside `decoding`.
+    fn new(decoding: &Work, prompts: usize, budget: Budget, pace: &'a Pace) -> Self {
         let left = budget.rows.saturating_sub(decoding.decode_rows);
         let (rows, seconds) = match budget.beside_decode {
             _ if decoding.decode_rows == 0 => (budget.rows.max(1), None),
             Beside::Rows(rows) => (left.min(rows), None),
             Beside::Factor(factor) => (
                 left.max(1),
-                Some((factor - 1.0).max(0.0) * crowd.clamp(1.0, CROWD) * pace.seconds(decoding)),
+                Some((factor - 1.0).max(0.0) * prompts.min(CROWD) as f64 * pace.seconds(decoding)),
             ),
         };
         Self {
@@ -246,36 +244,28 @@ mod tests {
     }
 
     #[test]
-    fn prompts_that_are_in_the_majority_have_more_room() {
+    fn each_prompt_has_its_room_up_to_three() {
         let mut pace = Pace::new(1_000_000, 100, false);
         let mut work = Work::default();
         work.add(1, 50, true);
         pace.learn(&work, 1e-3);
         work.add(4, 0, false);
         pace.learn(&work, 1.4e-3); // a row takes 0.1 ms
-        let rows = |prompts: u64, streams: u64| -> usize {
+        let rows = |prompts: u64| -> usize {
             let seqs: Vec<_> = (0..prompts)
                 .map(|i| view(i, 9000, false))
-                .chain((0..streams).map(|i| SeqView {
+                .chain([SeqView {
                     keys: 50,
-                    ..view(100 + i, 1, true)
-                }))
+                    ..view(100, 1, true)
+                }])
                 .collect();
             let parts = parts_with(&seqs, Beside::Factor(2.0), &pace);
             parts.iter().filter(|p| p.0 < 100).map(|p| p.1).sum()
         };
-        let one = rows(1, 1);
+        let one = rows(1);
         assert!((7..=10).contains(&one), "{one}");
-        assert!(
-            (3 * one - 3..=3 * one + 3).contains(&rows(3, 1)),
-            "{}",
-            rows(3, 1)
-        );
-        assert!(
-            (4 * one - 4..=4 * one + 4).contains(&rows(20, 1)),
-            "not without end"
-        );
-        assert!(rows(2, 2) < 2 * one, "two beside two are not in the majority");
+        assert!((3 * one - 3..=3 * one + 3).contains(&rows(3)), "{}", rows(3));
+        assert_eq!(rows(20), rows(3), "not without end");
     }
 
     #[test]
