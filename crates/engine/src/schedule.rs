@@ -193,6 +193,17 @@ mod tests {
             .collect()
     }
 
+    /// A decoding sequence with 50 keys takes 1 ms, a row of a prompt 0.1 ms.
+    fn taught() -> Pace {
+        let mut pace = Pace::new(1_000_000, 100, false);
+        let mut work = Work::default();
+        work.add(1, 50, true);
+        pace.learn(&work, 1e-3);
+        work.add(4, 0, false);
+        pace.learn(&work, 1.4e-3);
+        pace
+    }
+
     #[test]
     fn decoding_comes_first_and_bounds_prompts() {
         assert_eq!(parts(&[view(1, 100, false), view(2, 1, true)]), [(2, 1), (1, 16)]);
@@ -217,12 +228,7 @@ mod tests {
 
     #[test]
     fn a_factor_bounds_the_predicted_time() {
-        let mut pace = Pace::new(1_000_000, 100, false);
-        let mut work = Work::default();
-        work.add(1, 50, true);
-        pace.learn(&work, 1e-3);
-        work.add(4, 0, false);
-        pace.learn(&work, 1.4e-3); // a row takes 0.1 ms
+        let pace = taught();
         let decode = SeqView {
             keys: 50,
             ..view(2, 1, true)
@@ -245,12 +251,7 @@ mod tests {
 
     #[test]
     fn each_prompt_has_its_room_up_to_three() {
-        let mut pace = Pace::new(1_000_000, 100, false);
-        let mut work = Work::default();
-        work.add(1, 50, true);
-        pace.learn(&work, 1e-3);
-        work.add(4, 0, false);
-        pace.learn(&work, 1.4e-3); // a row takes 0.1 ms
+        let pace = taught();
         let rows = |prompts: u64| -> usize {
             let seqs: Vec<_> = (0..prompts)
                 .map(|i| view(i, 9000, false))

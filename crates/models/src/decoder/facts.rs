@@ -19,7 +19,7 @@ impl Words for Tokenizer {
 /// Tables of angles kept for the next request: with as many settings as anybody may send there is no end to them.
 const TABLES: usize = 32;
 
-/// Tables of angles that requests have asked for last, the oldest first.
+/// The tables of angles that were made last, the oldest first.
 #[derive(Default)]
 pub(super) struct AngleTables(Mutex<VecDeque<(Rotation, Arc<Angles>)>>);
 
@@ -50,7 +50,7 @@ impl Model {
         }
     }
 
-    /// The tables of `rotation`, shared by requests that ask for the same; the last few dozen are kept.
+    /// The tables of `rotation`, shared by requests that ask for the same; the last 32 that were made are kept.
     pub fn angles(&self, rotation: &Rotation) -> Arc<Angles> {
         let mut tables = self.angles.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, angles)) = tables.iter().find(|(known, _)| known == rotation) {
@@ -80,7 +80,6 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use antefix_attention::method::Freq;
-
     use antefix_kernels::cpu::Cpu;
     use antefix_kernels::matmul::Precision;
     use antefix_kernels::team::Team;

@@ -78,6 +78,8 @@ pub(crate) fn dims(facts: &Facts) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use antefix_attention::method::Freq;
+
     #[test]
     fn they_conform() {
         for method in [
@@ -91,16 +93,12 @@ mod tests {
         }
     }
 
-    /// SmolLM2 (base 1e5, 64 dimensions, 8,192 positions) stretched 4 times, as the specification of `entropy_abf` tabulates it.
-    #[test]
-    fn tables_are_the_golden_ones() {
-        use antefix_attention::method::Freq;
-        let plain = Freq::Base { base: 1e5 }.apply(1e5, &[0.0; 32]);
-        let (factor, original) = (4.0, 8192.0);
-        let ramp = |low, high| Freq::ByParts {
+    /// By parts and YaRN, with the ramps of their papers.
+    fn ramps(factor: f64, original: f64) -> [Freq; 2] {
+        let parts = Freq::ByParts {
             factor,
-            low,
-            high,
+            low: 1.0,
+            high: 32.0,
             original,
         };
         let yarn = Freq::Yarn {
@@ -109,6 +107,15 @@ mod tests {
             slow: 1.0,
             original,
         };
+        [parts, yarn]
+    }
+
+    /// SmolLM2 (base 1e5, 64 dimensions, 8,192 positions) stretched 4 times, as the specification of `entropy_abf` tabulates it.
+    #[test]
+    fn tables_are_the_golden_ones() {
+        let plain = Freq::Base { base: 1e5 }.apply(1e5, &[0.0; 32]);
+        let (factor, original) = (4.0, 8192.0);
+        let [parts, yarn] = ramps(factor, original);
         let llama3 = Freq::Llama3 {
             factor,
             low: 1.0,
@@ -128,7 +135,7 @@ mod tests {
             ),
             (
                 "by parts",
-                ramp(1.0, 32.0),
+                parts,
                 [1.0, 2.73842e-2, 1.02950e-3, 1.87474e-4, 3.58253e-6],
             ),
             (
@@ -162,7 +169,6 @@ mod tests {
     /// Laws 2, 3 and 8 of that specification, for any base, stretch and number of dimensions.
     #[test]
     fn ends_and_ramps_obey_their_laws() {
-        use antefix_attention::method::Freq;
         let near = |a: f32, b: f64| (f64::from(a) / b - 1.0).abs() < 1e-6;
         for (base, dims, original) in [
             (1e4, 64, 4096.0),
@@ -188,19 +194,7 @@ mod tests {
                     "{base} {factor}"
                 );
                 // YaRN and by parts differ on their ramps only.
-                let parts = Freq::ByParts {
-                    factor,
-                    low: 1.0,
-                    high: 32.0,
-                    original,
-                };
-                let yarn = Freq::Yarn {
-                    factor,
-                    fast: 32.0,
-                    slow: 1.0,
-                    original,
-                };
-                let (parts, yarn) = (parts.apply(base, &plain), yarn.apply(base, &plain));
+                let [parts, yarn] = ramps(factor, original).map(|freq| freq.apply(base, &plain));
                 let mut outside = [0, 0];
                 for (i, &f) in plain.iter().enumerate() {
                     let turns = original * f64::from(f) / std::f64::consts::TAU;
