@@ -21,7 +21,9 @@ pub struct MethodReport {
     pub settings: String,
     /// Whether the answer is that of dense attention on the same prompt, bit for bit.
     pub exact: bool,
-    /// Bytes of keys and values that the request held at its end, over those that dense attention would have held.
+    /// Bytes of the pages that the request held at its end, over those that dense attention on the prompt as it was computed would have
+    /// held. More than 1 where a method holds more: documents end in pages of their own, and their rows that were computed again
+    /// lie beside the stored ones.
     pub kept: f64,
     /// Times that the cache was cut.
     pub edits: usize,
@@ -206,8 +208,7 @@ impl Course {
             return None;
         }
         let dense = pool.bytes_for(state.done());
-        let pages: usize = state.context.refs().map(|r| r.segment.page_count()).sum();
-        let held = pages * pool.shape().page_bytes() + pool.bytes_for(state.tail.len());
+        let held = state.context.page_count() * pool.shape().page_bytes() + pool.bytes_for(state.tail.len());
         Some(MethodReport {
             method: self.program.name(),
             settings: self.program.tag(),

@@ -134,6 +134,17 @@ impl Context {
         self.groups.iter().flat_map(|g| &g.refs)
     }
 
+    /// Pages that it holds, shared ones included; a segment that is referred to twice counts once.
+    pub fn page_count(&self) -> usize {
+        let mut segments: Vec<&Arc<Segment>> = Vec::new();
+        for r in self.refs() {
+            if !segments.iter().any(|s| Arc::ptr_eq(s, &r.segment)) {
+                segments.push(&r.segment);
+            }
+        }
+        segments.into_iter().map(|s| s.page_count()).sum()
+    }
+
     /// Gives its handles back.
     pub fn release(self, pool: &mut Pool) {
         for r in self.groups.into_iter().flat_map(|g| g.refs) {

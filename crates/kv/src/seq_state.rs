@@ -179,8 +179,7 @@ impl SeqState {
 
     /// Bytes of pages that it holds, shared ones included.
     pub fn bytes(&self, pool: &Pool) -> usize {
-        let pages: usize = self.context.refs().map(|r| r.segment.page_count()).sum();
-        pages * pool.shape().page_bytes() + pool.bytes_for(self.tail.room())
+        self.context.page_count() * pool.shape().page_bytes() + pool.bytes_for(self.tail.room())
     }
 
     /// Does what `edit` says: the rows that stay move to a segment of their own, the pages of all others are freed unless

@@ -50,7 +50,7 @@ pub struct Told {
     pub prompt_tokens: usize,
     /// Of those, found in the cache of prefixes.
     pub cached_tokens: usize,
-    /// Bytes of keys and values held at the end, over those of dense attention; 1 without methods.
+    /// Bytes of keys and values held at the end, over those of dense attention, in whole pages; 1 without methods.
     pub kept: f64,
     /// From the request to its first token.
     pub first_token: Duration,

@@ -22,7 +22,9 @@
 //! model and fall with the number of documents; the paper searches them from 0.1 to 1 on a validation set.
 //!
 //! # Cost
-//! No document row is computed once it is stored. Decoding reads as many rows as it would of the same documents in line.
+//! No document row is computed once it is stored. Decoding reads as many rows as it would of the same documents in line. Prefix, documents
+//! and question end in pages of their own, so that a prompt holds up to one page a document more than dense attention would: the reported share
+//! `kept` is a little above 1.
 //!
 //! # Differences from the paper
 //! - The official code for Gemma applies `T` and `S` to the wrong part; here all models follow section 4.

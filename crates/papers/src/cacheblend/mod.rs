@@ -24,7 +24,7 @@
 //! # Cost
 //! Of the matrix products of full prefill `(1 + a + ratio (L - 1)) / L` are left, with `a` the share of a layer that projects to queries,
 //! keys and values: 0.19 at `ratio=0.15` for 24 layers. The fresh rows take memory of their own: one layer's worth of all document
-//! rows, and `ratio` of the other layers'.
+//! rows, and `ratio` of the other layers', beside the stored rows that they hide: the reported share `kept` is above 1.
 //!
 //! # Differences from the paper
 //! - The official code masks the gathered queries by their order, so that they see hundreds of later keys. Here each sees exactly what
