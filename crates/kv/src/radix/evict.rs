@@ -54,16 +54,27 @@ impl Radix {
         Worth(cost * if node.keep.marked { MARK } else { 1.0 } / age)
     }
 
-    /// Whether nothing hangs below the node and nobody but the tree holds its pages.
-    fn can_go(&self, pool: &Pool, at: usize) -> Option<&Node> {
-        let alone = |n: &&Node| {
-            n.pins == 0 && n.children.is_empty() && n.pages.iter().all(|&page| pool.owners(page) == 1)
-        };
-        self.nodes[at].as_ref().filter(alone)
+    /// Whether nobody but the tree holds the node's pages.
+    fn is_alone(pool: &Pool, node: &Node) -> bool {
+        node.pages.iter().all(|&page| pool.owners(page) == 1)
+    }
+
+    /// The node, if nothing hangs below it and it is not pinned.
+    fn leaf(&self, at: usize) -> Option<&Node> {
+        let node = self.nodes[at].as_ref()?;
+        (node.pins == 0 && node.children.is_empty()).then_some(node)
+    }
+
+    /// Whether pages that nobody but the tree holds could go if `node` went.
+    fn is_in_the_way(&self, pool: &Pool, node: &Node) -> bool {
+        let above = |n: &Node| n.parent.and_then(|p| self.nodes[p].as_ref());
+        let mut chain = std::iter::successors(Some(node), |n| above(n));
+        chain.any(|n| n.pins == 0 && Self::is_alone(pool, n))
     }
 
     /// Drops leaves that no sequence holds, those of the least worth first, until `pool` has `bytes` free or nothing can be
-    /// dropped. What has expired goes before anything else.
+    /// dropped. What has expired goes before anything else; leaves that a sequence holds go last, and only if something above them
+    /// can go then: the sequence had computed again what was cached.
     pub fn evict(&mut self, pool: &mut Pool, bytes: usize) {
         self.evict_to(pool, |pool, _| pool.free_bytes() >= bytes, |_, _, _| {});
     }
@@ -80,10 +91,27 @@ impl Radix {
             return;
         }
         self.expire(pool);
-        let leaves = (0..self.nodes.len()).filter_map(|at| {
-            let node = self.can_go(pool, at)?;
-            Some(Reverse((self.worth(node), at)))
-        });
+        let alone = |_: &Self, pool: &Pool, node: &Node| Self::is_alone(pool, node);
+        self.evict_leaves(pool, &enough, &mut leaving, alone);
+        self.evict_leaves(pool, &enough, &mut leaving, Self::is_in_the_way);
+    }
+
+    /// Drops leaves that `may_go`, and their parents when they have become leaves, until there is `enough`.
+    fn evict_leaves(
+        &mut self,
+        pool: &mut Pool,
+        enough: impl Fn(&Pool, usize) -> bool,
+        mut leaving: impl FnMut(&Pool, &BlockName, &[PageId]),
+        may_go: impl Fn(&Self, &Pool, &Node) -> bool,
+    ) {
+        let worth = |radix: &Self, pool: &Pool, at: usize| {
+            let node = radix.leaf(at).filter(|n| may_go(radix, pool, n))?;
+            Some(Reverse((radix.worth(node), at)))
+        };
+        if enough(pool, self.blocks()) {
+            return;
+        }
+        let leaves = (0..self.nodes.len()).filter_map(|at| worth(self, pool, at));
         let mut heap: BinaryHeap<Reverse<(Worth, usize)>> = leaves.collect();
         while !enough(pool, self.blocks())
             && let Some(Reverse((_, at))) = heap.pop()
@@ -94,11 +122,7 @@ impl Radix {
                 leaving(pool, &self.block_name(node), &node.pages);
             }
             self.remove(pool, at);
-            if let Some(at) = parent
-                && let Some(node) = self.can_go(pool, at)
-            {
-                heap.push(Reverse((self.worth(node), at)));
-            }
+            heap.extend(parent.and_then(|at| worth(self, pool, at)));
         }
     }
 }

@@ -64,6 +64,29 @@ fn the_least_recently_used_leaf_goes_first_and_held_ones_stay() {
     assert_eq!((radix.blocks(), pool.stats().bytes_used), (0, 0));
 }
 
+#[test]
+fn blocks_that_were_computed_again_do_not_hold_the_cached_ones_fast() {
+    let (mut pool, mut radix) = (full(8), Radix::new());
+    let tokens = prompt(0, 4);
+    cached(&mut pool, &mut radix, &tokens[..64]);
+    // Two blocks again and two more, which hang below the cached ones.
+    let mut again = SeqKv::new(SHAPE);
+    pool.reserve(&mut again, 128).unwrap();
+    again.commit(128);
+    radix.insert(&mut pool, &tokens, 0, &again);
+    assert_eq!((radix.blocks(), pool.free_bytes()), (4, 2 * SHAPE.page_bytes()));
+    radix.evict(&mut pool, 4 * SHAPE.page_bytes());
+    assert_eq!((radix.blocks(), pool.free_bytes()), (0, 4 * SHAPE.page_bytes()));
+    // Where all is held nothing would come of it.
+    radix.insert(&mut pool, &tokens, 0, &again);
+    radix.evict(&mut pool, usize::MAX);
+    assert_eq!(radix.matched(&tokens, 0), 128);
+    radix.pin(&tokens[..64], 0);
+    pool.release(again);
+    radix.evict(&mut pool, usize::MAX);
+    assert_eq!(radix.matched(&tokens, 0), 64, "pins hold");
+}
+
 fn full(blocks: usize) -> Pool {
     Pool::new(SHAPE, blocks * SHAPE.page_bytes())
 }
