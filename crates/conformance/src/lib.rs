@@ -162,8 +162,11 @@ pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, traffic: &Traffic)
     let context = traffic.longest() + 32;
     // A policy writes what stays before the rest is freed.
     let cut = |(_, raw): &(usize, RawJob)| {
-        let cuts = raw.program.as_ref().is_some_and(|p| p.policy().is_some());
-        let twice = sizes.bytes_for(prompt_tokens(raw)) * 2 + sizes.shape().block_bytes();
+        let policy = raw.program.as_ref().and_then(|p| p.policy());
+        let cuts = policy.is_some();
+        let again = policy.is_some_and(|p| p.every().is_some());
+        let answer = if again { raw.max_tokens.unwrap_or(0) } else { 0 };
+        let twice = sizes.bytes_for(prompt_tokens(raw) + answer) * 2 + sizes.shape().block_bytes();
         // Documents fill pages of their own, and their rows that are computed again others.
         let reuses = raw.program.as_ref().is_some_and(|p| p.chunk_use().is_some());
         let whole = raw.tokens.len() + raw.max_tokens.unwrap_or(0);

@@ -526,9 +526,13 @@ impl Engine {
             // Prefix and documents fill pages of their own, and rows that are computed again stand beside the stored ones.
             need = need * 2 + self.pool.bytes_for(PAGE_ROWS) * (job.documents.len() + 2);
         }
-        if job.program.policy().is_some() {
-            // The rows that stay are written before the others are freed.
-            need = need.max(self.pool.bytes_for(job.tokens.len()) * 2 + self.pool.shape().block_bytes());
+        if let Some(policy) = job.program.policy() {
+            // The rows that stay are written before the others are freed, and again while the answer grows.
+            let cut = match policy.every() {
+                Some(_) => job.tokens.len() + job.max_tokens,
+                None => job.tokens.len(),
+            };
+            need = need.max(self.pool.bytes_for(cut) * 2 + self.pool.shape().block_bytes());
         }
         let capacity = self.pool.capacity();
         if need > capacity {
