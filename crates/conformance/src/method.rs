@@ -12,7 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    self, Card, Chosen, Facts, Kind, Knobs, Method, Need, Profiles, Program, RawChoice, Rig, RigError, Value,
+    self, Axis, Card, Chosen, Facts, Kind, Knobs, Method, Need, Profiles, Program, RawChoice, Rig, RigError,
+    Value,
 };
 use antefix_engine::{Beside, Budget, Engine, Event, Options, RawJob};
 use antefix_kernels::cpu::Cpu;
@@ -37,10 +38,19 @@ pub fn check(method: &'static dyn Method) {
 /// # Panics
 /// With what is wrong.
 pub fn check_with(method: &'static dyn Method, settings: &[&str]) {
+    check_profiled(method, None, settings);
+}
+
+/// The same for a method that needs a profile: the one of its presets is there for each model that it is tried on.
+///
+/// # Panics
+/// With what is wrong.
+pub fn check_profiled(method: &'static dyn Method, profile: Option<Profile<'_>>, settings: &[&str]) {
     let card = method.card();
     card_and_page_are_complete(card);
     knobs_keep_their_ranges(card);
     installing_never_panics(method);
+    let subject = Subject { method, profile };
     let given: Vec<Knobs> = settings
         .iter()
         .map(|text| {
@@ -49,8 +59,43 @@ pub fn check_with(method: &'static dyn Method, settings: &[&str]) {
                 .unwrap_or_else(|e| panic!("{e}"))
         })
         .collect();
-    neutral_settings_change_no_bit(method);
-    answers_do_not_depend_on_cache_company_or_chunks(method, &given);
+    neutral_settings_change_no_bit(&subject);
+    answers_do_not_depend_on_cache_company_or_chunks(&subject, &given);
+}
+
+/// A profile of any model: its kind, and its text.
+#[derive(Clone, Copy)]
+pub struct Profile<'a> {
+    /// The kind, as its folder is called.
+    pub kind: &'a str,
+    /// The text of a model's profile.
+    pub text: &'a dyn Fn(&Facts) -> String,
+}
+
+/// A method under test.
+struct Subject<'a> {
+    method: &'static dyn Method,
+    profile: Option<Profile<'a>>,
+}
+
+impl Subject<'_> {
+    /// A program of the method on a model, or nothing if the settings do not fit it.
+    fn program(&self, model: &Model, knobs: Knobs) -> Option<Arc<Program>> {
+        let facts = model.facts();
+        let folder = tempfile::tempdir().expect("a folder for tests");
+        if let Some(profile) = self.profile {
+            let folder = folder.path().join(profile.kind);
+            std::fs::create_dir(&folder).expect("a folder for tests");
+            let text = (profile.text)(&facts);
+            std::fs::write(folder.join("default.json"), text).expect("a file for tests");
+        }
+        let profiles = Profiles {
+            folders: vec![folder.path().to_owned()],
+        };
+        let method = self.method;
+        let program = Rig::assemble(&facts, &profiles, &[Chosen { method, knobs }]);
+        program.ok().map(Arc::new)
+    }
 }
 
 /// The card is in order, and the page can be made from the module documentation: all that is asked of what always runs, whose exactness
@@ -156,13 +201,6 @@ fn installing_never_panics(method: &'static dyn Method) {
     }
 }
 
-/// A program of one method on a model, or nothing if the settings do not fit it.
-fn program(model: &Model, method: &'static dyn Method, knobs: Knobs) -> Option<Arc<Program>> {
-    let profiles = Profiles::default();
-    let program = Rig::assemble(&model.facts(), &profiles, &[Chosen { method, knobs }]);
-    program.ok().map(Arc::new)
-}
-
 /// Puts two documents into a prompt that is long enough.
 fn with_documents(raw: &mut RawJob) {
     let n = raw.tokens.len();
@@ -172,16 +210,15 @@ fn with_documents(raw: &mut RawJob) {
 }
 
 /// With the card's neutral settings, a request gets the bits of dense attention.
-fn neutral_settings_change_no_bit(method: &'static dyn Method) {
-    let card = method.card();
+fn neutral_settings_change_no_bit(subject: &Subject<'_>) {
+    let card = subject.method.card();
     let Some(neutral) = card.neutral else { return };
     let raw = RawChoice::parse(&format!("{},{neutral}", card.name)).expect("the card is in order");
     let knobs = Knobs::new(card, &raw.knobs).expect("the card is in order");
     for arch in [Arch::Llama, Arch::Gemma3] {
         let (model, tokenizer) = tiny(arch, Cpu::best(), 1);
-        let Some(program) = program(&model, method, knobs.clone()) else {
-            return;
-        };
+        let program = subject.program(&model, knobs.clone());
+        let program = program.expect("neutral settings fit every model");
         let mut rng = Rng(11);
         for _ in 0..6 {
             let mut dense = Traffic::random(&mut rng, model.spec().vocab);
@@ -202,9 +239,10 @@ fn neutral_settings_change_no_bit(method: &'static dyn Method) {
 
 /// Requests under the method run with dense ones and with each other, in chunks, out of the cache and preempted: each gets the bits
 /// that it gets alone on a cold engine with room for everything.
-fn answers_do_not_depend_on_cache_company_or_chunks(method: &'static dyn Method, given: &[Knobs]) {
-    let needs = method.card().needs.contains(&Need::Documents);
-    let (mut edits, mut preempted) = (0, 0);
+fn answers_do_not_depend_on_cache_company_or_chunks(subject: &Subject<'_>, given: &[Knobs]) {
+    let card = subject.method.card();
+    let needs = card.needs.contains(&Need::Documents);
+    let (mut under, mut edits, mut preempted) = (0, 0, 0);
     for arch in [Arch::Llama, Arch::Qwen3, Arch::Gemma3] {
         let (model, tokenizer) = tiny(arch, Cpu::best(), 2);
         let mut rng = Rng(arch as u64 + 5);
@@ -217,13 +255,14 @@ fn answers_do_not_depend_on_cache_company_or_chunks(method: &'static dyn Method,
             let mut traffic = make(&mut rng, model.spec().vocab);
             for (_, raw) in &mut traffic.arrivals {
                 let knobs = match rng.bits() as usize % (given.len() + 1) {
-                    0 => random_knobs(method.card(), &mut rng),
+                    0 => random_knobs(card, &mut rng),
                     i => given[i - 1].clone(),
                 };
                 // Four copies of the documents and the answer still fit the tiny models' context.
                 let fits = (8..950).contains(&raw.tokens.len());
                 let asks = !rng.bits().is_multiple_of(3) && (!needs || fits);
-                if asks && let Some(program) = program(&model, method, knobs) {
+                if asks && let Some(program) = subject.program(&model, knobs) {
+                    under += 1;
                     if needs {
                         // Written five times it still has to fit the tiny model.
                         raw.tokens.truncate(700);
@@ -248,10 +287,13 @@ fn answers_do_not_depend_on_cache_company_or_chunks(method: &'static dyn Method,
             preempted += together.load().preempted;
         }
     }
-    eprintln!(
-        "{}: {edits} cuts of a cache, {preempted} requests preempted",
-        method.card().name
+    let name = card.name;
+    assert!(under > 0, "{name}: no request ran under it");
+    assert!(
+        edits > 0 || card.axis != Axis::Kv,
+        "{name}: no cache was ever cut"
     );
+    eprintln!("{name}: {under} requests, {edits} cuts of a cache, {preempted} requests preempted");
 }
 
 /// The answer of one request on an engine of its own, and how often its cache was cut.
@@ -282,6 +324,9 @@ fn alone(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, raw: &RawJob) -> (Answe
     (answer, edits)
 }
 
+/// The tiny model that pairs of methods are tried on: it has layers with a window and layers without.
+pub const PAIRED: Arch = Arch::Gemma3;
+
 /// How two methods get on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Pair {
@@ -289,23 +334,22 @@ pub enum Pair {
     Works,
     /// They do not go together, and the rig says why.
     Refused(String),
-    /// One of them cannot be installed without a profile of the model.
-    NeedsProfile,
 }
 
-/// Installs two methods with settings that do something on a short prompt, and runs a request under both.
+/// Installs two methods with settings that do something on a short prompt, and runs a request under both. `profiles` are of the model
+/// [`PAIRED`].
 ///
 /// # Panics
 /// When they are installed and the request fails, or is not the same twice.
-pub fn pair(one: &'static dyn Method, other: &'static dyn Method) -> Pair {
-    let (model, tokenizer) = tiny(Arch::Gemma3, Cpu::best(), 2);
+pub fn pair(one: &'static dyn Method, other: &'static dyn Method, profiles: &Profiles) -> Pair {
+    let (model, tokenizer) = tiny(PAIRED, Cpu::best(), 2);
     let chosen = [one, other].map(|method| Chosen {
         method,
         knobs: small(method.card()),
     });
-    let program = match Rig::assemble(&model.facts(), &Profiles::default(), &chosen) {
+    let program = match Rig::assemble(&model.facts(), profiles, &chosen) {
         Ok(program) => Arc::new(program),
-        Err(RigError::Profile { .. }) => return Pair::NeedsProfile,
+        Err(error @ RigError::Profile { .. }) => panic!("{error}"),
         Err(error) => return Pair::Refused(error.to_string()),
     };
     let mut rng = Rng(3);

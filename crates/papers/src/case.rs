@@ -2,7 +2,16 @@
 
 use antefix_attention::Geometry;
 use antefix_attention::method::{LayerEdit, LayerView};
+use antefix_conformance::method::Profile;
 use antefix_kv::{KvDtype, KvShape, Pool, SeqState};
+
+use crate::heads::{HeadProfile, KIND};
+
+/// A profile of heads for the conformance suite, made up for each model.
+pub(crate) const MADE_UP: Profile<'static> = Profile {
+    kind: KIND,
+    text: &|facts| serde_json::to_string(&HeadProfile::made_up(facts, 5)).expect("plain data"),
+};
 
 /// `rows` rows of every layer and head, and the last `queries` queries.
 pub(crate) struct Case {

@@ -5,11 +5,23 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use antefix_conformance::method::{Pair, pair};
+use antefix_attention::method::Profiles;
+use antefix_conformance::method::{PAIRED, Pair, pair};
+use antefix_conformance::tiny;
+use antefix_kernels::cpu::Cpu;
 use antefix_papers::ALL;
+use antefix_papers::heads::{HeadProfile, KIND};
 
 #[test]
 fn every_pair_works_or_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a folder for tests");
+    let profile = HeadProfile::made_up(&tiny(PAIRED, Cpu::best(), 1).0.facts(), 5);
+    let text = serde_json::to_string(&profile).expect("plain data");
+    std::fs::create_dir(folder.path().join(KIND)).expect("a folder for tests");
+    std::fs::write(folder.path().join(KIND).join("default.json"), text).expect("a file for tests");
+    let profiles = Profiles {
+        folders: vec![folder.path().to_owned()],
+    };
     let mut table = String::from("| |");
     for m in ALL {
         let _ = write!(table, " {} |", m.card().name);
@@ -23,9 +35,8 @@ fn every_pair_works_or_is_refused_by_name() {
             let cell = match () {
                 () if j <= i => "",
                 () if a.axis == b.axis => "axis",
-                () => match pair(*one, *other) {
+                () => match pair(*one, *other, &profiles) {
                     Pair::Works => "yes",
-                    Pair::NeedsProfile => "profile",
                     Pair::Refused(why) => {
                         assert!(
                             why.contains(&format!("`{}`", a.name)) && why.contains(&format!("`{}`", b.name)),
@@ -45,8 +56,7 @@ fn every_pair_works_or_is_refused_by_name() {
     }
     let mut page = String::from(
         "# Which methods go together\n\n`yes`: a request under both ran in the tests, in chunks and out of the cache, with the same bits. \
-         `axis`: both are on one axis, of which a request chooses one. `no`: refused, for the reason below. `profile`: one of them needs a \
-         profile of the model, which the tiny model of this test does not have.\n\n",
+         `axis`: both are on one axis, of which a request chooses one. `no`: refused, for the reason below.\n\n",
     );
     page += &table;
     if !reasons.is_empty() {

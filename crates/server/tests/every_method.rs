@@ -7,23 +7,11 @@ mod common;
 use std::path::Path;
 
 use antefix_attention::method::{Axis, Card, Kind, Profiles};
-use antefix_models::testing::Rng;
 use antefix_papers::heads::HeadProfile;
 use antefix_server::Server;
 use axum::Router;
 use common::{ok, server_with};
 use serde_json::{Map, Value, json};
-
-/// Measurements that a profile of heads may have.
-const MEASURED: [&str; 7] = [
-    "act",
-    "retrieval",
-    "semantic",
-    "induction",
-    "echo",
-    "sink",
-    "eviction",
-];
 
 /// A profile of heads of the tiny model, with made-up scores.
 fn write_profile(folder: &Path) {
@@ -32,16 +20,7 @@ fn write_profile(folder: &Path) {
         antefix_kernels::cpu::Cpu::best(),
         1,
     );
-    let facts = model.facts();
-    let mut rng = Rng(5);
-    let mut score = || 0.1 + (rng.bits() % 1000) as f32 / 1000.0;
-    let mut table = || -> Vec<Vec<f32>> {
-        let layers = facts.layers.iter();
-        layers
-            .map(|_| (0..facts.heads).map(|_| score()).collect())
-            .collect()
-    };
-    let profile = HeadProfile::example(&facts, MEASURED.map(|name| (name, table())));
+    let profile = HeadProfile::made_up(&model.facts(), 5);
     std::fs::create_dir_all(folder.join("heads")).unwrap();
     let text = serde_json::to_string(&profile).unwrap();
     std::fs::write(folder.join("heads/made_up.json"), text).unwrap();

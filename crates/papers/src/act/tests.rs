@@ -10,6 +10,7 @@ use antefix_state::PAGE_ROWS;
 use super::calibrate::{Act, BLOCK, Calibration, Mode};
 use super::reference;
 use super::sinks::{Rule, Threshold, hand_on};
+use crate::case::MADE_UP;
 
 const N: usize = 150;
 const DIM: usize = 16;
@@ -154,9 +155,11 @@ fn act(heads: Vec<usize>, beta: f32, mode: Mode) -> Act {
 
 #[test]
 fn it_conforms() {
-    antefix_conformance::method::check_with(
+    antefix_conformance::method::check_profiled(
         &super::Calibrated,
+        Some(MADE_UP),
         &[
+            "top=2,alpha=1.5,min_rows=1",
             "heads=0:0+1:1,beta=0.4,alpha=1.5,min_rows=1",
             "heads=0:1,beta=2,threshold=0.02",
         ],

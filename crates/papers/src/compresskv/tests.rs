@@ -3,13 +3,17 @@
 use antefix_attention::method::{Chosen, Facts, Profiles, Program, RawChoice};
 
 use super::*;
-use crate::case::{Case, Shape, kept};
+use crate::case::{Case, MADE_UP, Shape, kept};
 use crate::heads::HeadProfile;
 use crate::kv_baselines::reference::{snapkv, softmax};
 
 #[test]
 fn it_conforms() {
-    antefix_conformance::method::check(&CompressKv);
+    antefix_conformance::method::check_profiled(
+        &CompressKv,
+        Some(MADE_UP),
+        &["budget=16,window=4", "budget=40,layers=uniform,heads=1"],
+    );
 }
 
 #[test]

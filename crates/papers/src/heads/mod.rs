@@ -144,6 +144,23 @@ impl HeadProfile {
         }
     }
 
+    /// The same with every measurement that a method may ask for, of scores above 0 that follow from the seed alone.
+    pub fn made_up(facts: &Facts, seed: u64) -> Self {
+        const MEASURED: [&str; 7] = [
+            "act",
+            "retrieval",
+            "semantic",
+            "induction",
+            "echo",
+            "sink",
+            "eviction",
+        ];
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut row = || (0..facts.heads).map(|_| 0.1 + rng.f32()).collect();
+        let mut table = || (0..facts.layers.len()).map(|_| row()).collect();
+        Self::example(facts, MEASURED.map(|name| (name, table())))
+    }
+
     /// Reads a profile and checks it against a model of `layers`, `heads` and `kv_heads`.
     ///
     /// # Errors

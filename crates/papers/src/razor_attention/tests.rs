@@ -1,11 +1,18 @@
 //! razor_attention: which heads retrieve, and what the others keep.
 
 use super::*;
-use crate::case::{Case, Shape, kept};
+use crate::case::{Case, MADE_UP, Shape, kept};
 
 #[test]
 fn it_conforms() {
-    antefix_conformance::method::check(&RazorAttention);
+    antefix_conformance::method::check_profiled(
+        &RazorAttention,
+        Some(MADE_UP),
+        &[
+            "induction=0.3,echo=0,sinks=2,buffer=9,every=5",
+            "induction=0,echo=0.5,buffer=16,fraction=0.5,every=1",
+        ],
+    );
 }
 
 #[test]

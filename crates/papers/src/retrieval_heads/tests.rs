@@ -4,12 +4,14 @@ use proptest::prelude::*;
 
 use super::reference;
 use super::score::{Look, NoRuns, RunScore, mean, rouge1_recall};
+use crate::case::MADE_UP;
 
 #[test]
 fn it_conforms() {
-    antefix_conformance::method::check_with(
+    antefix_conformance::method::check_profiled(
         &super::RetrievalHeads,
-        &["heads=0:0+1:1", "heads=1:0,mask=zero"],
+        Some(MADE_UP),
+        &["top=2", "heads=0:0+1:1", "heads=1:0,mask=zero"],
     );
 }
 
