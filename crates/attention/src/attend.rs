@@ -12,6 +12,7 @@ use antefix_state::{PAGE_ROWS, PARTITION};
 
 use crate::context::{self, Layer, Reader};
 use crate::sharing::{Group, SeqRows, Sharing};
+use crate::sparse::{self, Stretch};
 
 /// Query rows (tokens x heads of a group) of one block of a long sequence: the accumulator and the page stay in L2.
 pub(crate) const BLOCK_ROWS: usize = 192;
@@ -34,7 +35,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    fn group(&self) -> usize {
+    pub(crate) fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 
@@ -70,13 +71,14 @@ pub struct Scratch {
 }
 
 #[derive(Default)]
-struct Worker {
-    q: Vec<f32>,
-    visible: Vec<(u32, u32)>,
-    m: Vec<f32>,
-    l: Vec<f32>,
-    acc: Vec<f32>,
-    kernel: AttendScratch,
+pub(crate) struct Worker {
+    pub(crate) q: Vec<f32>,
+    pub(crate) visible: Vec<(u32, u32)>,
+    pub(crate) m: Vec<f32>,
+    pub(crate) l: Vec<f32>,
+    pub(crate) acc: Vec<f32>,
+    pub(crate) kernel: AttendScratch,
+    pub(crate) sparse: sparse::Scratch,
 }
 
 /// Buffers of the threads at work: a task takes one and gives it back.
@@ -98,6 +100,13 @@ enum Work<'a> {
     Group(&'a Group, std::ops::Range<usize>),
     /// Tokens `[from, to)` of the sequence, over all its keys.
     Block { seq: usize, from: usize, to: usize },
+    /// The same inside one block of a plan.
+    Planned {
+        seq: usize,
+        from: usize,
+        to: usize,
+        stretch: &'a Stretch,
+    },
 }
 
 struct Task<'a> {
@@ -159,11 +168,20 @@ pub fn attend(
     }
     let mut total = partitions * heads * tree_rows;
     let tokens = (BLOCK_ROWS / group).max(1);
+    let plans = sparse::stretches((cpu, team), pool, layer, geometry, seqs, q);
     let mut blocks = Vec::new();
     for &seq in &sharing.own {
         let s = &seqs[seq];
-        for from in (0..s.rows).step_by(tokens) {
-            let to = (from + tokens).min(s.rows);
+        let dense = |from: usize| (from, (from + tokens).min(s.rows), None);
+        let mut parts: Vec<_> = match plans[seq].is_empty() {
+            true => (0..s.rows).step_by(tokens).map(dense).collect(),
+            false => Vec::new(),
+        };
+        for stretch in &plans[seq] {
+            let pieces = sparse::pieces(stretch, s.pos0 as usize, group);
+            parts.extend(pieces.into_iter().map(|p| (p.start, p.end, Some(stretch))));
+        }
+        for (from, to, stretch) in parts {
             let head_stride = (to - from) * group;
             for t in from..to {
                 places[s.first + t] = Place {
@@ -173,7 +191,7 @@ pub fn attend(
                     parts: (0, 1),
                 };
             }
-            blocks.push((seq, from, to, total));
+            blocks.push((seq, from, to, total, stretch));
             total += head_stride * heads;
         }
     }
@@ -201,14 +219,22 @@ pub fn attend(
         }
     }
     let tree_tasks = tasks.len();
-    for &(seq, from, to, start) in &blocks {
+    for &(seq, from, to, start, stretch) in &blocks {
         for head in 0..heads {
             let rows = (to - from) * group;
             let at = start + head * rows;
             let state = split.take(at..at + rows);
             tasks.push(Mutex::new(Some(Task {
                 head,
-                work: Work::Block { seq, from, to },
+                work: match stretch {
+                    None => Work::Block { seq, from, to },
+                    Some(stretch) => Work::Planned {
+                        seq,
+                        from,
+                        to,
+                        stretch,
+                    },
+                },
                 state,
             })));
         }
@@ -233,6 +259,12 @@ pub fn attend(
                 Work::Block { seq, from, to } => {
                     ctx.block(seq, from..to, task.head, &mut task.state, &mut worker)
                 }
+                Work::Planned {
+                    seq,
+                    from,
+                    to,
+                    stretch,
+                } => ctx.planned(seq, (from..to, stretch), task.head, &mut task.state, &mut worker),
             }
             workers.give_back(worker);
         }
@@ -359,12 +391,12 @@ fn cut<'a>(rest: &mut &'a mut [f32], skip: usize, len: usize) -> &'a mut [f32] {
     piece
 }
 
-struct Ctx<'a> {
-    cpu: Cpu,
-    pool: &'a Pool,
-    layer: usize,
-    geometry: &'a Geometry,
-    seqs: &'a [SeqRows<'a>],
+pub(crate) struct Ctx<'a> {
+    pub(crate) cpu: Cpu,
+    pub(crate) pool: &'a Pool,
+    pub(crate) layer: usize,
+    pub(crate) geometry: &'a Geometry,
+    pub(crate) seqs: &'a [SeqRows<'a>],
     sharing: &'a Sharing,
     q: &'a [f32],
 }
@@ -372,6 +404,17 @@ struct Ctx<'a> {
 impl Ctx<'_> {
     /// Copies the query heads of `head`'s group of the given (batch row, position) pairs, scaled, and their visible ranges.
     fn gather(&self, rows: impl Iterator<Item = (usize, u32)>, head: usize, worker: &mut Worker) {
+        self.gather_heads(rows, head, 0..self.geometry.group(), worker);
+    }
+
+    /// The same of the heads `of` of the group.
+    pub(crate) fn gather_heads(
+        &self,
+        rows: impl Iterator<Item = (usize, u32)>,
+        head: usize,
+        of: std::ops::Range<usize>,
+        worker: &mut Worker,
+    ) {
         let Geometry {
             heads, dim, scale, ..
         } = *self.geometry;
@@ -379,18 +422,23 @@ impl Ctx<'_> {
         worker.q.clear();
         worker.visible.clear();
         for (row, pos) in rows {
-            let at = (row * heads + head * group) * dim;
+            let at = (row * heads + head * group + of.start) * dim;
             worker
                 .q
-                .extend(self.q[at..at + group * dim].iter().map(|x| x * scale));
+                .extend(self.q[at..at + of.len() * dim].iter().map(|x| x * scale));
             worker
                 .visible
-                .extend(std::iter::repeat_n(self.geometry.visible(pos), group));
+                .extend(std::iter::repeat_n(self.geometry.visible(pos), of.len()));
         }
     }
 
     /// Pages `pages` of `seq` for this layer and head, with the number of keys they hold.
-    fn pages(&self, seq: usize, head: usize, pages: std::ops::Range<usize>) -> (Vec<View<'_>>, u32) {
+    pub(crate) fn pages(
+        &self,
+        seq: usize,
+        head: usize,
+        pages: std::ops::Range<usize>,
+    ) -> (Vec<View<'_>>, u32) {
         let s = &self.seqs[seq];
         let keys = (pages.end * PAGE_ROWS).min(s.keys()) - pages.start * PAGE_ROWS;
         let refs = s.kv.pages(self.layer, head)[pages]

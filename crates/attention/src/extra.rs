@@ -4,6 +4,7 @@ use antefix_kv::{Context, SeqState};
 
 use crate::angles::Angles;
 use crate::hooks::Observer;
+use crate::sparse::Planning;
 
 /// What is special about the rows of one sequence. The default is ordinary dense attention and costs nothing.
 #[derive(Clone, Copy, Default)]
@@ -17,6 +18,8 @@ pub struct Extra<'a> {
     pub hooks: Option<&'a Observer>,
     /// Angles and scales instead of the model's own.
     pub angles: Option<&'a Angles>,
+    /// What chooses the keys that the rows of its prompt read.
+    pub planning: Option<&'a Planning>,
 }
 
 impl<'a> Extra<'a> {

@@ -9,6 +9,7 @@ pub mod hooks;
 pub mod method;
 pub mod readout;
 mod sharing;
+pub mod sparse;
 
 pub use angles::Angles;
 pub use attend::{AttendError, Geometry, Scratch, attend};

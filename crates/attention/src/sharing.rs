@@ -6,10 +6,11 @@
 
 use std::ops::Range;
 
-use antefix_kv::{PageId, SeqKv};
+use antefix_kv::{Context, PageId, SeqKv};
 use antefix_state::{PAGE_ROWS, PARTITION};
 
 use crate::extra::Extra;
+use crate::sparse::Planning;
 
 /// Pages of a partition.
 const PARTITION_PAGES: usize = PARTITION / PAGE_ROWS;
@@ -43,6 +44,17 @@ impl SeqRows<'_> {
 
     fn pages(&self) -> usize {
         self.keys().div_ceil(PAGE_ROWS)
+    }
+
+    /// What plans these rows, if they are a prompt's and stand behind nothing but their own pages.
+    pub(crate) fn planning(&self) -> Option<&Planning> {
+        let bare = self.extra.pos_base == 0 && self.extra.context.is_none_or(Context::is_empty);
+        self.extra.planning.filter(|p| bare && p.covers(self.keys()))
+    }
+
+    /// Whether it is attended in blocks of its own rows.
+    fn stands_alone(&self) -> bool {
+        self.rows >= OWN_BLOCKS_FROM || self.rows > 0 && self.planning().is_some()
     }
 
     fn tree_rows(&self) -> impl Iterator<Item = TreeRow> + use<> {
@@ -101,7 +113,7 @@ impl Sharing {
     pub fn of(seqs: &[SeqRows<'_>]) -> Self {
         let (own, mut short): (Vec<usize>, Vec<usize>) = (0..seqs.len())
             .filter(|&i| seqs[i].rows > 0)
-            .partition(|&i| seqs[i].rows >= OWN_BLOCKS_FROM);
+            .partition(|&i| seqs[i].stands_alone());
         let table = |i: usize| -> &[PageId] { &seqs[i].kv.pages(0, 0)[..seqs[i].pages()] };
         short.sort_by(|&a, &b| table(a).cmp(table(b)).then(a.cmp(&b)));
 
@@ -167,7 +179,7 @@ impl Sharing {
         for (i, s) in seqs
             .iter()
             .enumerate()
-            .filter(|(_, s)| (1..OWN_BLOCKS_FROM).contains(&s.rows))
+            .filter(|(_, s)| s.rows > 0 && !s.stands_alone())
         {
             let start = alone.tree.len();
             alone.tree.extend(s.tree_rows());

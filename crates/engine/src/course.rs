@@ -4,9 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use antefix_attention::method::{CachePolicy, LayerView, Program};
+use antefix_attention::sparse::Planning;
 use antefix_attention::{Angles, ChunkUse, Extra};
 use antefix_kv::{Edit, EditError, LayerEdit, Policy, Pool, SeqState};
 use antefix_models::decoder::Model;
+use antefix_state::PAGE_ROWS;
 
 use crate::job::Job;
 use crate::reuse::Provenance;
@@ -27,16 +29,28 @@ pub struct MethodReport {
     pub kept: f64,
     /// Times that the cache was cut.
     pub edits: usize,
+    /// If a planner chose the keys of the prompt: what it kept.
+    pub plan: Option<PlanReport>,
     /// Tokens of the prompt before methods rewrote it.
     pub prompt_before: usize,
     /// Where the rows of reused documents came from.
     pub documents: Option<Provenance>,
 }
 
+/// What a planner did for the rows of a prompt that were computed, in the layers that it plans.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PlanReport {
+    /// Kept (query, key) pairs over those of dense attention.
+    pub density: f64,
+    /// Seconds that planning took.
+    pub plan_s: f64,
+}
+
 /// The methods of one sequence at work. A sequence that lost its memory starts its course again and comes to the same state.
 pub(crate) struct Course {
     program: Arc<Program>,
     angles: Option<Arc<Angles>>,
+    planning: Option<Planning>,
     decider: Option<Decider>,
     /// Tokens of the prompt behind which the policy decides first.
     decide_at: usize,
@@ -81,6 +95,9 @@ impl Course {
         let rotation = program.rotation(job.tokens.len() + job.max_tokens);
         Self {
             angles: rotation.map(|r| model.angles(r)),
+            planning: program
+                .planner()
+                .map(|p| Planning::new(Arc::clone(p), job.tokens.len())),
             program,
             decider,
             decide_at,
@@ -105,13 +122,17 @@ impl Course {
     /// Begins again: everything that was decided is forgotten.
     pub(crate) fn restart(&mut self) {
         self.edits = 0;
+        if let Some(planning) = &mut self.planning {
+            planning.restart();
+        }
         if let Some(decider) = &mut self.decider {
             decider.next = self.decide_at;
         }
     }
 
-    /// The salt under which exact pages of this sequence may be shared.
+    /// The salt under which pages of this sequence may be shared.
     pub(crate) fn salted(&self, salt: u64) -> u64 {
+        let salt = self.program.salted(salt);
         match &self.angles {
             None => salt,
             Some(angles) => angles.salted(salt),
@@ -119,12 +140,37 @@ impl Course {
     }
 
     /// How many of the first `known` tokens may come out of the cache of prefixes: what a policy has to see is computed, and behind
-    /// where it has decided nothing is exact.
+    /// where it has decided nothing is exact. What was planned together is found together.
     pub(crate) fn cacheable(&self, known: usize) -> usize {
-        match &self.decider {
+        let known = match &self.decider {
             None => known,
             // At least the last row is computed: the policy decides behind it.
             Some(decider) => known.min(self.decide_at - decider.queries.max(1)),
+        };
+        self.keepable(known)
+    }
+
+    /// How many of the first `tokens` tokens are what they are in every prompt that starts with them under the same salt: under a
+    /// planner, whole stretches of the prompt in whole pages, of which none ended where a policy decides.
+    pub(crate) fn keepable(&self, tokens: usize) -> usize {
+        match &self.planning {
+            None => tokens,
+            Some(planning) => {
+                let tokens = tokens.min(self.prompt).min(self.decide_at);
+                // The least common multiple: a page has a power of two rows.
+                let grain = planning.grain();
+                let unit = grain.saturating_mul((PAGE_ROWS >> grain.trailing_zeros().min(31)).max(1));
+                tokens - tokens % unit
+            }
+        }
+    }
+
+    /// How many rows of the prompt behind its first `at` a step computes that was meant to compute `rows` of `left`: under a planner
+    /// whole stretches.
+    pub(crate) fn whole(&self, at: usize, rows: usize, left: usize) -> usize {
+        match &self.planning {
+            Some(planning) if at < self.prompt => planning.whole(at, rows, left),
+            _ => rows,
         }
     }
 
@@ -137,6 +183,7 @@ impl Course {
     pub(crate) fn extra<'a>(&'a self, state: &'a SeqState) -> Extra<'a> {
         Extra {
             angles: self.angles.as_deref(),
+            planning: self.planning.as_ref(),
             ..Extra::of(state)
         }
     }
@@ -218,6 +265,12 @@ impl Course {
                 _ => held as f64 / dense as f64,
             },
             edits: self.edits,
+            plan: self.planning.as_ref().and_then(|planning| {
+                Some(PlanReport {
+                    density: planning.density()?,
+                    plan_s: planning.time().as_secs_f64(),
+                })
+            }),
             prompt_before: self.prompt_before,
             documents: self.documents.clone(),
         })

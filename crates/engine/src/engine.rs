@@ -230,9 +230,17 @@ impl Seq {
 
     /// How many of its computed tokens are what another request's prompt would be: not the drawn ones if they are told `apart`.
     fn reusable(&self, apart: bool) -> usize {
-        match apart {
+        self.course.keepable(match apart {
             true => self.done().min(self.prompt),
             false => self.done(),
+        })
+    }
+
+    /// The same part with as many tokens as belong together: a planner's stretches are not cut.
+    fn whole(&self, part: Part) -> Part {
+        Part {
+            tokens: self.course.whole(self.done(), part.tokens, self.pending()),
+            ..part
         }
     }
 
@@ -620,10 +628,13 @@ impl Engine {
             })
             .collect();
         let batch = schedule(&views, self.options.budget, &self.pace);
-        self.make_room(&batch.parts)?;
+        let running = |p: &Part| self.running.iter().find(|s| s.id == p.id);
+        let whole = |p: &Part| running(p).map_or(*p, |s| s.whole(*p));
+        let scheduled: Vec<Part> = batch.parts.iter().map(whole).collect();
+        self.make_room(&scheduled)?;
         let (mut report, mut work) = (StepReport::default(), Work::default());
-        self.step_pooled(&batch.parts, (&mut report, &mut work), events)?;
-        let parts = self.in_batch(&batch.parts, |job| job.pooling.is_none());
+        self.step_pooled(&scheduled, (&mut report, &mut work), events)?;
+        let parts = self.in_batch(&scheduled, |job| job.pooling.is_none());
         if parts.is_empty() {
             return Ok(report);
         }
@@ -647,7 +658,12 @@ impl Engine {
             seq.kv.tail.commit(part.tokens);
             let done = seq.done();
             if !had_prompt && done >= seq.prompt && !seq.job.no_cache {
-                keep_prefix(&mut self.cache, &mut self.pool, seq, seq.prompt);
+                keep_prefix(
+                    &mut self.cache,
+                    &mut self.pool,
+                    seq,
+                    seq.course.keepable(seq.prompt),
+                );
             }
             if done >= seq.course.border() {
                 if !seq.job.no_cache {
@@ -800,7 +816,11 @@ impl Engine {
                 true => SeqKv::new(self.pool.shape()),
                 false => {
                     let known = &seq.tokens[..seq.findable(self.model.tells_drawn_apart())];
-                    self.cache.lookup(&mut self.pool, known, seq.job.salt)
+                    let mut found = self.cache.lookup(&mut self.pool, known, seq.job.salt);
+                    // Whole stretches, of which some pages may have been forgotten.
+                    let whole = seq.course.keepable(found.len());
+                    self.pool.truncate(&mut found, whole);
+                    found
                 }
             };
             let cached = kv.len();
@@ -1000,7 +1020,8 @@ impl Engine {
             .filter(|s| s.course.reuse().is_none());
         let in_common = |s: &Seq| {
             let pairs = s.tokens[..s.prompt].iter().zip(known);
-            pairs.take_while(|(a, b)| a == b).count() / PAGE_ROWS * PAGE_ROWS
+            let same = pairs.take_while(|(a, b)| a == b).count();
+            s.course.keepable(same) / PAGE_ROWS * PAGE_ROWS
         };
         let most = computing.map(in_common).max().unwrap_or(0);
         most > 0 && most > self.cache.matched(known, seq.job.salt)

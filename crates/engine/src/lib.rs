@@ -21,7 +21,7 @@ mod tail;
 pub use antefix_kv::Keep;
 pub use cache::{CacheOptions, CacheStats, IdentityError, PinError, Whereabouts, identity};
 pub use constraint::{BoxedConstraint, Constraint, ConstraintFailed};
-pub use course::MethodReport;
+pub use course::{MethodReport, PlanReport};
 pub use engine::{Done, Engine, EngineError, Event, Load, Options, PromptLogprob, StepReport, Usage};
 pub use job::{Job, JobError, MAX_TOP_LOGPROBS, Pooling, RawJob};
 pub use pace::{Pace, Work};

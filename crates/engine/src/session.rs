@@ -6,6 +6,7 @@ use antefix_attention::Angles;
 use antefix_attention::hooks::Observer;
 use antefix_attention::method::Program;
 use antefix_attention::readout::AttentionView;
+use antefix_attention::sparse::Planning;
 use antefix_kv::{Pool, SeqKv};
 use antefix_models::decoder::{Extra, Input, Model, Scratch};
 
@@ -20,6 +21,7 @@ pub struct Session {
     chunk: usize,
     hooks: Option<Arc<Observer>>,
     angles: Option<Arc<Angles>>,
+    planning: Option<Arc<Planning>>,
 }
 
 /// Methods that have no meaning for a text that is computed as it is.
@@ -49,10 +51,11 @@ impl Session {
             chunk: chunk.max(1),
             hooks: None,
             angles: None,
+            planning: None,
         }
     }
 
-    /// From now on the angles and hooks of `program` hold, for texts of up to `tokens` tokens.
+    /// From now on the angles, hooks and plans of `program` hold, for texts of up to `tokens` tokens.
     ///
     /// # Errors
     /// When it rewrites prompts, cuts caches or reuses documents.
@@ -64,7 +67,14 @@ impl Session {
         }
         self.angles = program.rotation(tokens).map(|r| self.model.angles(r));
         self.hooks = program.observer(tokens, 0).map(Arc::new);
+        let planning = |p| Arc::new(Planning::new(Arc::clone(p), usize::MAX));
+        self.planning = program.planner().map(planning);
         Ok(())
+    }
+
+    /// From now on `planning` chooses the keys that given tokens read; `None` ends that.
+    pub fn plan(&mut self, planning: Option<Arc<Planning>>) {
+        self.planning = planning;
     }
 
     /// From now on `hooks` read or change the activations; `None` ends that.
@@ -90,6 +100,9 @@ impl Session {
     /// Forgets everything after the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
         self.pool.truncate(&mut self.kv, len);
+        if let Some(planning) = &self.planning {
+            planning.truncate(len);
+        }
     }
 
     /// What attention of `layer` reads with the queries `q` (after RoPE, `[rows, Hq, D]`, as captured at `attn.hook_rot_q`) of the
@@ -138,8 +151,14 @@ impl Session {
     ) -> Result<(), EngineError> {
         self.pool.reserve(&mut self.kv, tokens.len())?;
         let first_wanted = tokens.len() - wanted.min(tokens.len());
-        for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
-            let end = i * self.chunk + chunk.len();
+        let planning = self.planning.clone().filter(|_| !drawn);
+        let mut end = 0;
+        while end < tokens.len() {
+            let (at, left) = (self.kv.len(), tokens.len() - end);
+            let rows = self.chunk.min(left);
+            let rows = planning.as_ref().map_or(rows, |p| p.whole(at, rows, left));
+            let chunk = &tokens[end..end + rows];
+            end += rows;
             let input = Input {
                 tokens: chunk,
                 kv: &self.kv,
@@ -148,6 +167,7 @@ impl Session {
                 extra: Extra {
                     hooks: self.hooks.as_deref(),
                     angles: self.angles.as_deref(),
+                    planning: planning.as_deref(),
                     ..Extra::default()
                 },
             };

@@ -9,6 +9,8 @@ use repro::Repro;
 #[cfg(test)]
 mod case;
 pub mod heads;
+#[cfg(test)]
+mod plan_case;
 pub mod repro;
 
 // papers: first
@@ -23,14 +25,17 @@ pub mod kv_baselines;
 pub mod razor_attention;
 pub mod retrieval_heads;
 pub mod rope_scaling;
+pub mod sparse_baselines;
 // papers: last
 
 /// Everything that a request can choose, in the order of the names. Help texts, `/v1/methods`, the pages under `docs/methods/` and the
 /// tests of combinations are made from it.
 pub const ALL: &[&dyn Method] = &[
     // methods: first
+    &sparse_baselines::AShape,
     &act::Calibrated,
     &ape::Ape,
+    &sparse_baselines::BlockTopK,
     &cacheblend::CacheBlend,
     &compresskv::CompressKv,
     &entropy_abf::EntropyAbf,
@@ -41,6 +46,7 @@ pub const ALL: &[&dyn Method] = &[
     &rope_scaling::parts::NtkByParts,
     &rope_scaling::pi::PositionInterpolation,
     &kv_baselines::pyramidkv::PyramidKv,
+    &sparse_baselines::RandomBlocks,
     &kv_baselines::random::Random,
     &razor_attention::RazorAttention,
     &retrieval_heads::RetrievalHeads,
@@ -70,12 +76,15 @@ pub const REPROS: &[&Repro] = &[
 
 /// Methods without a reproduction of their own, and why.
 pub const WITHOUT_REPRO: &[(&str, &str)] = &[
+    ("a_shape", "A baseline of planners."),
+    ("block_topk", "A baseline of planners."),
     ("h2o", "A baseline of `compresskv`."),
     ("llama3_rope", "A baseline of `entropy_abf`."),
     ("ntk_aware", "A baseline of `entropy_abf`."),
     ("ntk_by_parts", "A baseline of `entropy_abf`."),
     ("position_interpolation", "A baseline of `entropy_abf`."),
     ("pyramidkv", "A baseline of `compresskv`."),
+    ("random_blocks", "No paper: a baseline of planners."),
     (
         "random_kv",
         "No paper: a baseline of `compresskv` and `razor_attention`.",

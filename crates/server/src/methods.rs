@@ -164,6 +164,10 @@ pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
             "edits": r.edits,
             "prompt_tokens_before": r.prompt_before,
         });
+        if let Some(plan) = &r.plan {
+            body["antefix"]["density"] = json!(plan.density);
+            body["antefix"]["plan_s"] = json!(plan.plan_s);
+        }
         if let Some(d) = &r.documents {
             body["antefix"]["documents"] = json!({
                 "found": d.found,

@@ -7,6 +7,7 @@ use twox_hash::XxHash3_64;
 use super::card::Axis;
 use super::hook::HookMaker;
 use super::knobs::Knobs;
+use super::planner::Planner;
 use super::policy::CachePolicy;
 use super::prompt::{Prompt, PromptPass, Words};
 use super::rotation::{Rotation, Stretch};
@@ -20,6 +21,7 @@ pub struct Program {
     pub(super) exact: bool,
     pub(super) prompt: Vec<Arc<dyn PromptPass>>,
     pub(super) stretch: Stretch,
+    pub(super) planner: Option<Arc<dyn Planner>>,
     pub(super) policy: Option<Arc<dyn CachePolicy>>,
     pub(super) chunks: Option<Arc<dyn ChunkUse>>,
     pub(super) plan: Option<Arc<HookPlan>>,
@@ -67,7 +69,7 @@ impl Program {
         }
     }
 
-    /// Whether it only changes angles and activations, so that a text can be computed as it is and scored token by token: no prompt
+    /// Whether it only changes angles, activations and which keys are read, so that a text can be computed as it is and scored token by token: no prompt
     /// is rewritten, no cache cut, no document computed apart from what stands before it.
     pub fn scores_texts(&self) -> bool {
         self.prompt.is_empty() && self.policy.is_none() && self.chunks.is_none()
@@ -86,6 +88,21 @@ impl Program {
     /// Tokens that a request may have at most on a model trained on `context`.
     pub fn context(&self, context: usize) -> usize {
         context.max(self.stretch.limit())
+    }
+
+    /// What chooses the keys that the rows of a prompt read.
+    pub fn planner(&self) -> Option<&Arc<dyn Planner>> {
+        self.planner.as_ref()
+    }
+
+    /// The salt under which pages of a prompt may be shared: what a planner has touched only with those that it would touch the same
+    /// way.
+    pub fn salted(&self, salt: u64) -> u64 {
+        let prefill = self.methods.iter().find(|(axis, _)| *axis == Axis::Prefill);
+        match prefill.filter(|_| self.planner.is_some()) {
+            None => salt,
+            Some((_, knobs)) => XxHash3_64::oneshot_with_seed(salt, knobs.to_string().as_bytes()),
+        }
     }
 
     /// What decides about the cache.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::choice::Chosen;
 use super::facts::Facts;
 use super::hook::HookMaker;
+use super::planner::Planner;
 use super::policy::CachePolicy;
 use super::program::Program;
 use super::prompt::PromptPass;
@@ -119,6 +120,7 @@ pub struct Rig<'m> {
     installing: &'static str,
     prompt: Vec<Hung<Arc<dyn PromptPass>>>,
     stretch: Option<Hung<Stretch>>,
+    planner: Option<Hung<Arc<dyn Planner>>>,
     policy: Option<Hung<Arc<dyn CachePolicy>>>,
     chunks: Option<Hung<Arc<dyn ChunkUse>>>,
     plan: Option<Hung<Arc<HookPlan>>>,
@@ -132,6 +134,7 @@ impl fmt::Debug for Rig<'_> {
             .iter()
             .map(|h| h.owner)
             .chain(self.stretch.iter().map(|h| h.owner))
+            .chain(self.planner.iter().map(|h| h.owner))
             .chain(self.policy.iter().map(|h| h.owner))
             .chain(self.chunks.iter().map(|h| h.owner))
             .chain(self.plan.iter().map(|h| h.owner))
@@ -171,6 +174,7 @@ impl<'m> Rig<'m> {
             installing: "",
             prompt: Vec::new(),
             stretch: None,
+            planner: None,
             policy: None,
             chunks: None,
             plan: None,
@@ -220,6 +224,7 @@ impl<'m> Rig<'m> {
             exact,
             prompt: self.prompt.into_iter().map(|h| h.part).collect(),
             stretch: self.stretch.map(|h| h.part).unwrap_or_default(),
+            planner: self.planner.map(|h| h.part),
             policy: self.policy.map(|h| h.part),
             chunks: self.chunks.map(|h| h.part),
             // Code hangs on an empty plan where there is none.
@@ -296,6 +301,19 @@ impl<'m> Rig<'m> {
         )
     }
 
+    /// Chooses the keys that the rows of a prompt read.
+    ///
+    /// # Errors
+    /// When another method does.
+    pub fn set_planner(&mut self, planner: Arc<dyn Planner>) -> Result<(), RigError> {
+        hang(
+            &mut self.planner,
+            self.installing,
+            "choose the keys that a prompt reads",
+            planner,
+        )
+    }
+
     /// Decides what the cache keeps.
     ///
     /// # Errors
@@ -332,6 +350,10 @@ impl<'m> Rig<'m> {
             .iter()
             .map(|h| (h.owner, "change what the prompt is made of"));
         let angles = self.stretch.iter().map(|h| (h.owner, "decide where keys stand"));
+        let planner = self
+            .planner
+            .iter()
+            .map(|h| (h.owner, "decide which keys a prompt reads"));
         let policy = self
             .policy
             .iter()
@@ -346,6 +368,7 @@ impl<'m> Rig<'m> {
             .map(|h| (h.owner, "decide which rows are computed"));
         let other = prompt
             .chain(angles)
+            .chain(planner)
             .chain(policy)
             .chain(plan)
             .chain(code)

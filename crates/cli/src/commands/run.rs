@@ -181,13 +181,20 @@ fn described(report: &MethodReport) -> String {
             100.0 * d.fresh_rows as f64 / d.all_rows.max(1) as f64
         );
     }
+    let read = report.plan.map_or_else(String::new, |plan| {
+        format!(
+            "; the prompt read {:.1} % of the pairs, planned in {:.2} s",
+            plan.density * 100.0,
+            plan.plan_s
+        )
+    });
     let cut = match report.edits {
         0 => String::new(),
         1 => ", cut once".into(),
         n => format!(", cut {n} times"),
     };
     format!(
-        "[{}: {:.1} % of the keys and values kept{cut}]",
+        "[{}: {:.1} % of the keys and values kept{cut}{read}]",
         report.settings,
         report.kept * 100.0
     )

@@ -7,6 +7,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod gather;
 mod page;
 mod scalar;
 mod scores;
@@ -16,7 +17,7 @@ mod simd;
 use antefix_state::PAGE_ROWS;
 
 pub use page::{KvDtype, Page, PageLayout, PageMut, View, bf16_to_f32, f32_to_bf16};
-pub use scores::{normalise, scores};
+pub use scores::{normalise, scores, scores_rows};
 
 use crate::cpu::{Cpu, Path};
 

@@ -17,18 +17,34 @@ const LANES: usize = PAGE_ROWS / 2;
 /// # Panics
 /// When `q` and the page differ in their dimension.
 pub fn scores(cpu: Cpu, q: &[f32], softcap: Option<f32>, page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
-    page.check(q.len());
+    scores_rows(cpu, q.len(), q, softcap, page, std::slice::from_mut(out));
+}
+
+/// The same of the rows of `q: [R, D]`, bit for bit and several rows at a time: `out: [R][32]`.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn scores_rows(
+    cpu: Cpu,
+    dim: usize,
+    q: &[f32],
+    softcap: Option<f32>,
+    page: &Page<'_>,
+    out: &mut [[f32; PAGE_ROWS]],
+) {
+    page.check(dim);
+    assert_eq!(q.len(), out.len() * dim, "q is [R, D]");
     match cpu.path() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `cpu` proves AVX-512F and FMA.
-        Path::Avx512 | Path::Amx => unsafe { scores_avx512(q, page, out) },
+        Path::Avx512 | Path::Amx => unsafe { scores_avx512(dim, q, page, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `cpu` proves AVX2 and FMA.
-        Path::Avx2 => unsafe { scores_avx2(q, page, out) },
-        _ => scores_body(q, page, out),
+        Path::Avx2 => unsafe { scores_avx2(dim, q, page, out) },
+        _ => scores_body(dim, q, page, out),
     }
     if let Some(cap) = softcap {
-        crate::ops::softcap(out, cap);
+        crate::ops::softcap(out.as_flattened_mut(), cap);
     }
 }
 
@@ -49,14 +65,14 @@ pub fn normalise(cpu: Cpu, row: &mut [f32]) -> (f32, f32) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn scores_avx512(q: &[f32], page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
-    scores_body(q, page, out);
+fn scores_avx512(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
+    scores_body(dim, q, page, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn scores_avx2(q: &[f32], page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
-    scores_body(q, page, out);
+fn scores_avx2(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
+    scores_body(dim, q, page, out);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -71,32 +87,59 @@ fn normalise_avx2(row: &mut [f32]) -> (f32, f32) {
     normalise_body(row)
 }
 
+/// Rows whose chains run side by side: one chain alone waits for each of its fmas.
+const ABREAST: usize = 4;
+
 #[inline(always)]
-fn scores_body(q: &[f32], page: &Page<'_>, out: &mut [f32; PAGE_ROWS]) {
-    let dim = q.len();
-    for (half, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-        let mut acc = [0.0f32; LANES];
+fn scores_body(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
+    let (fours, rest) = out.as_chunks_mut::<ABREAST>();
+    let (these, those) = q.split_at(fours.len() * ABREAST * dim);
+    for (q, out) in these.chunks_exact(ABREAST * dim).zip(fours) {
+        abreast(dim, q, page, out);
+    }
+    for (q, out) in those.chunks_exact(dim).zip(rest.as_chunks_mut::<1>().0) {
+        abreast(dim, q, page, out);
+    }
+}
+
+#[inline(always)]
+fn abreast<const N: usize>(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]; N]) {
+    let q: [&[f32]; N] = std::array::from_fn(|r| &q[r * dim..][..dim]);
+    for half in 0..2 {
+        let mut acc = [[0.0f32; LANES]; N];
         let span = half * dim * LANES..(half + 1) * dim * LANES;
         match page {
             Page::F32 { k, .. } => {
-                for (&q, keys) in q.iter().zip(k[span].as_chunks::<LANES>().0) {
-                    for (a, &k) in acc.iter_mut().zip(keys) {
-                        *a = q.mul_add(k, *a);
+                for (d, keys) in k[span].as_chunks::<LANES>().0.iter().enumerate() {
+                    for (acc, q) in acc.iter_mut().zip(&q) {
+                        for (a, &k) in acc.iter_mut().zip(keys) {
+                            *a = q[d].mul_add(k, *a);
+                        }
                     }
                 }
             }
             Page::Bf16 { k, .. } => {
-                let pairs = k[span].as_chunks::<{ 2 * LANES }>().0;
-                for (q, pairs) in q.as_chunks::<2>().0.iter().zip(pairs) {
-                    for (a, pair) in acc.iter_mut().zip(pairs.as_chunks::<2>().0) {
-                        let both = u32::from(pair[0]) | u32::from(pair[1]) << 16;
-                        *a = q[0].mul_add(f32::from_bits(both << 16), *a);
-                        *a = q[1].mul_add(f32::from_bits(both & 0xffff_0000), *a);
+                for (pair, keys) in k[span].as_chunks::<{ 2 * LANES }>().0.iter().enumerate() {
+                    let mut wide = [[0.0f32; LANES]; 2];
+                    for (i, both) in keys.as_chunks::<2>().0.iter().enumerate() {
+                        let both = u32::from(both[0]) | u32::from(both[1]) << 16;
+                        wide[0][i] = f32::from_bits(both << 16);
+                        wide[1][i] = f32::from_bits(both & 0xffff_0000);
+                    }
+                    for (d, keys) in wide.iter().enumerate() {
+                        for (acc, q) in acc.iter_mut().zip(&q) {
+                            let q = q[2 * pair + d];
+                            for (a, &k) in acc.iter_mut().zip(keys) {
+                                *a = q.mul_add(k, *a);
+                            }
+                        }
                     }
                 }
             }
         }
-        *out = acc;
+        for (out, acc) in out.iter_mut().zip(&acc) {
+            out[half * LANES..][..LANES].copy_from_slice(acc);
+        }
     }
 }
 
@@ -169,6 +212,10 @@ mod tests {
                     for cap in [None, Some(0.5)] {
                         let mut got = [f32::NAN; PAGE_ROWS];
                         scores(cpu, &q, cap, &page, &mut got);
+                        let five: Vec<f32> = (0..5).flat_map(|_| q.iter().copied()).collect();
+                        let mut rows = [[f32::NAN; PAGE_ROWS]; 5];
+                        scores_rows(cpu, dim, &five, cap, &page, &mut rows);
+                        assert!(rows.iter().all(|row| *row == got), "{:?}", cpu.path());
                         for (row, got) in got.iter().enumerate() {
                             let chain =
                                 |sum: f32, (d, q): (usize, &f32)| q.mul_add(page.key(dim, row, d), sum);

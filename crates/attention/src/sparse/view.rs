@@ -1,0 +1,192 @@
+//! What a planner sees.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Mutex;
+
+use antefix_kernels::attend::{Page, normalise, scores_rows};
+use antefix_state::PAGE_ROWS;
+use antefix_state::plan::{Plan, Scope, Unit};
+
+use crate::attend::lock;
+use crate::readout::AttentionView;
+
+/// Means of the keys of full pages, one vector a page, by layer and KV head.
+#[derive(Debug, Default)]
+pub(super) struct Summaries(Mutex<HashMap<(usize, usize), Vec<Vec<f32>>>>);
+
+impl Summaries {
+    pub(super) fn truncate(&self, len: usize) {
+        lock(&self.0)
+            .values_mut()
+            .for_each(|pages| pages.truncate(len / PAGE_ROWS));
+    }
+}
+
+/// The queries of a stretch of a prompt in one layer, and all keys up to its last row.
+#[derive(Clone, Copy)]
+pub struct PlanView<'a> {
+    /// Queries and pages.
+    pub rows: AttentionView<'a>,
+    pub(super) summaries: &'a Summaries,
+}
+
+impl PlanView<'_> {
+    /// Positions of the rows.
+    pub fn queries(&self) -> Range<u32> {
+        self.rows.pos0..self.rows.pos0 + self.rows.rows() as u32
+    }
+
+    /// Query heads of a KV head.
+    pub fn group(&self) -> usize {
+        self.rows.geometry.heads / self.rows.geometry.kv_heads
+    }
+
+    /// A plan that reads everything.
+    pub fn dense(&self) -> Plan {
+        Plan::dense(Unit::KvGroup, self.rows.geometry.kv_heads)
+    }
+
+    /// A causal plan out of one cover a KV head, or a query head, made in parallel.
+    pub fn plan(&self, unit: Unit, cover: impl Fn(usize) -> antefix_state::plan::Cover + Sync) -> Plan {
+        let units = match unit {
+            Unit::QueryHead => self.rows.geometry.heads,
+            Unit::KvGroup => self.rows.geometry.kv_heads,
+        };
+        Plan {
+            unit,
+            scope: Scope::Causal,
+            units: self.each(units, cover),
+        }
+    }
+
+    /// `f(0), .., f(n - 1)`, by the team.
+    pub fn each<T: Send>(&self, n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let out: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
+        self.rows.run.1.run(n, &|i| *lock(&out[i]) = Some(f(i)));
+        let take = |m: Mutex<Option<T>>| m.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        out.into_iter().filter_map(take).collect()
+    }
+
+    /// Query `row` of `head`, times the scale: `[D]`.
+    pub fn query(&self, row: usize, head: usize) -> impl Iterator<Item = f32> {
+        let g = self.rows.geometry;
+        self.rows.q[(row * g.heads + head) * g.dim..][..g.dim]
+            .iter()
+            .map(move |x| x * g.scale)
+    }
+
+    /// Mean of the queries `rows` of `head`, times the scale: `[D]`.
+    pub fn mean_query(&self, rows: Range<usize>, head: usize) -> Vec<f32> {
+        let n = rows.len() as f32;
+        let mut mean = vec![0.0; self.rows.geometry.dim];
+        for row in rows {
+            mean.iter_mut()
+                .zip(self.query(row, head))
+                .for_each(|(m, q)| *m += q);
+        }
+        mean.iter_mut().for_each(|m| *m /= n);
+        mean
+    }
+
+    /// The page of KV head `kv_head` that holds positions from `32 page` on.
+    pub fn page(&self, kv_head: usize, page: usize) -> Page<'_> {
+        let pages = self.rows.kv.pages(self.rows.layer, kv_head);
+        self.rows.pool.page(pages[page])
+    }
+
+    /// Scores of the vectors `q: [R, D]`, already scaled, against keys: calls `f` with a page's index and its `[R][32]` scores, for each of
+    /// `pages` of `kv_head`. Rows of the last page that hold no key yet get anything. The cap on scores is left out: it changes no order
+    /// within a row.
+    pub fn scores(
+        &self,
+        kv_head: usize,
+        q: &[f32],
+        pages: Range<usize>,
+        mut f: impl FnMut(usize, &[[f32; PAGE_ROWS]]),
+    ) {
+        let dim = self.rows.geometry.dim;
+        let mut out = vec![[0.0; PAGE_ROWS]; q.len() / dim];
+        for page in pages {
+            let keys = self.page(kv_head, page);
+            scores_rows(self.rows.run.0, dim, q, None, &keys, &mut out);
+            f(page, &out);
+        }
+    }
+
+    /// Attention weights of the rows `rows` of query head `head` over all keys up to each: `[rows][last position + 1]`, zeros behind
+    /// the query.
+    pub fn weights(&self, head: usize, rows: Range<usize>) -> Vec<Vec<f32>> {
+        let (n, pos0) = (self.queries().end as usize, self.rows.pos0 as usize);
+        let q: Vec<f32> = rows.clone().flat_map(|row| self.query(row, head)).collect();
+        let mut weights = vec![vec![0.0; n]; rows.len()];
+        self.scores(
+            head / self.group(),
+            &q,
+            0..n.div_ceil(PAGE_ROWS),
+            |page, scores| {
+                let at = page * PAGE_ROWS;
+                let end = (at + PAGE_ROWS).min(n);
+                for (to, from) in weights.iter_mut().zip(scores) {
+                    to[at..end].copy_from_slice(&from[..end - at]);
+                }
+            },
+        );
+        for (row, weights) in rows.zip(&mut weights) {
+            let (seen, hidden) = weights.split_at_mut(pos0 + row + 1);
+            if let Some(cap) = self.rows.geometry.softcap {
+                antefix_kernels::ops::softcap(seen, cap);
+            }
+            normalise(self.rows.run.0, seen);
+            hidden.fill(0.0);
+        }
+        weights
+    }
+
+    /// Means of the keys of `kv_head` in blocks of `block` keys, a multiple of 32, up to the last row: `[blocks, D]`. The last block
+    /// has the keys that are there.
+    ///
+    /// # Panics
+    /// When `block` is no multiple of 32.
+    pub fn mean_keys(&self, kv_head: usize, block: usize) -> Vec<f32> {
+        assert!(
+            block > 0 && block.is_multiple_of(PAGE_ROWS),
+            "blocks of whole pages"
+        );
+        let (n, dim) = (self.queries().end as usize, self.rows.geometry.dim);
+        let full = n / PAGE_ROWS;
+        let key = (self.rows.layer, kv_head);
+        // Pages do not change once they are full: each is summed up once.
+        let mut pages = lock(&self.summaries.0).remove(&key).unwrap_or_default();
+        for page in pages.len()..full {
+            pages.push(mean(&self.page(kv_head, page), dim, PAGE_ROWS));
+        }
+        let blocks = n.div_ceil(block);
+        let mut means = vec![0.0; blocks * dim];
+        for (b, out) in means.chunks_exact_mut(dim).enumerate() {
+            let whole = b * block / PAGE_ROWS..full.min((b + 1) * block / PAGE_ROWS);
+            let mut add = |mean: &[f32], rows: usize| {
+                out.iter_mut().zip(mean).for_each(|(o, m)| *o += m * rows as f32);
+            };
+            for page in whole {
+                add(&pages[page], PAGE_ROWS);
+            }
+            if b + 1 == blocks && n % PAGE_ROWS > 0 {
+                add(
+                    &mean(&self.page(kv_head, full), dim, n % PAGE_ROWS),
+                    n % PAGE_ROWS,
+                );
+            }
+            let rows = (n - b * block).min(block) as f32;
+            out.iter_mut().for_each(|o| *o /= rows);
+        }
+        lock(&self.summaries.0).insert(key, pages);
+        means
+    }
+}
+
+/// Mean of the first `rows` keys of a page.
+fn mean(page: &Page<'_>, dim: usize, rows: usize) -> Vec<f32> {
+    let one = |d: usize| (0..rows).map(|row| page.key(dim, row, d)).sum::<f32>() / rows as f32;
+    (0..dim).map(one).collect()
+}

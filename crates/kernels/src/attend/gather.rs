@@ -1,0 +1,100 @@
+//! Copying single keys and values out of their pages: what sparse plans read of pages that hold little for them.
+
+use antefix_state::PAGE_ROWS;
+
+use super::{Page, PageMut};
+
+/// Keys side by side in a page.
+const HALF: usize = PAGE_ROWS / 2;
+
+impl PageMut<'_> {
+    /// Copies row `from_row` of another page of the same layout into row `row`.
+    ///
+    /// # Panics
+    /// When a row is not below 32 or the layouts differ.
+    pub fn copy_row(&mut self, row: usize, from: &Page<'_>, from_row: usize) {
+        assert!(row < PAGE_ROWS && from_row < PAGE_ROWS, "rows of a page");
+        match (self, from) {
+            (PageMut::Bf16 { k, v }, Page::Bf16 { k: fk, v: fv }) => {
+                let dim = k.len() / PAGE_ROWS;
+                // Keys: `[2 halves][D/2][16 keys][2 dims]`.
+                let at = |row: usize| row / HALF * HALF * dim + row % HALF * 2;
+                let lines = k[at(row)..].chunks_mut(2 * HALF).take(dim / 2);
+                for (to, from) in lines.zip(fk[at(from_row)..].chunks(2 * HALF)) {
+                    to[..2].copy_from_slice(&from[..2]);
+                }
+                // Values: `[16 pairs][D][2 rows]`.
+                let at = |row: usize| row / 2 * 2 * dim + row % 2;
+                let pairs = v[at(row)..].iter_mut().step_by(2).take(dim);
+                pairs
+                    .zip(fv[at(from_row)..].iter().step_by(2))
+                    .for_each(|(to, from)| *to = *from);
+            }
+            (PageMut::F32 { k, v }, Page::F32 { k: fk, v: fv }) => {
+                let dim = k.len() / PAGE_ROWS;
+                // Keys: `[2 halves][D][16 keys]`.
+                let at = |row: usize| row / HALF * HALF * dim + row % HALF;
+                let lines = k[at(row)..].iter_mut().step_by(HALF).take(dim);
+                lines
+                    .zip(fk[at(from_row)..].iter().step_by(HALF))
+                    .for_each(|(to, from)| *to = *from);
+                v[row * dim..][..dim].copy_from_slice(&fv[from_row * dim..][..dim]);
+            }
+            _ => unreachable!("pages of one pool have one layout"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_copied_alone_and_whole() {
+        const DIM: usize = 48;
+        let value = |row: usize, d: usize| (row * DIM + d) as f32 / 8.0;
+        let row = |row: usize| -> Vec<f32> { (0..DIM).map(|d| value(row, d)).collect() };
+        let n = PAGE_ROWS * DIM;
+        let (mut k, mut v, mut to_k, mut to_v) = (vec![0u16; n], vec![0; n], vec![0; n], vec![0; n]);
+        let (mut k32, mut v32) = (vec![0.0; n], vec![0.0; n]);
+        let (mut to_k32, mut to_v32) = (vec![0.0; n], vec![0.0; n]);
+        for r in 0..PAGE_ROWS {
+            PageMut::Bf16 { k: &mut k, v: &mut v }.write_row(r, &row(r), &row(r));
+            PageMut::F32 {
+                k: &mut k32,
+                v: &mut v32,
+            }
+            .write_row(r, &row(r), &row(r));
+        }
+        for (to, from) in [(0, 17), (17, 3), (31, 31), (2, 16)] {
+            let page = Page::Bf16 { k: &k, v: &v };
+            PageMut::Bf16 {
+                k: &mut to_k,
+                v: &mut to_v,
+            }
+            .copy_row(to, &page, from);
+            PageMut::F32 {
+                k: &mut to_k32,
+                v: &mut to_v32,
+            }
+            .copy_row(to, &Page::F32 { k: &k32, v: &v32 }, from);
+            for d in 0..DIM {
+                let copy = Page::Bf16 { k: &to_k, v: &to_v };
+                assert_eq!(copy.key(DIM, to, d), page.key(DIM, from, d));
+                assert_eq!(copy.value(DIM, to, d), page.value(DIM, from, d));
+                let copy = Page::F32 {
+                    k: &to_k32,
+                    v: &to_v32,
+                };
+                assert_eq!(copy.key(DIM, to, d), value(from, d));
+                assert_eq!(copy.value(DIM, to, d), value(from, d));
+            }
+        }
+        // Rows that nobody copied are as they were.
+        let copy = Page::F32 {
+            k: &to_k32,
+            v: &to_v32,
+        };
+        assert!((0..DIM).all(|d| copy.key(DIM, 5, d) == 0.0 && copy.value(DIM, 5, d) == 0.0));
+    }
+}
