@@ -15,10 +15,12 @@ pub mod repro;
 
 // papers: first
 pub mod act;
+pub mod anchor_attention;
 pub mod ape;
 pub mod cacheblend;
 pub mod compresskv;
 pub mod entropy_abf;
+pub mod flexprefill;
 pub mod hydragen;
 pub mod jrt;
 pub mod kv_baselines;
@@ -34,11 +36,13 @@ pub const ALL: &[&dyn Method] = &[
     // methods: first
     &sparse_baselines::AShape,
     &act::Calibrated,
+    &anchor_attention::AnchorAttention,
     &ape::Ape,
     &sparse_baselines::BlockTopK,
     &cacheblend::CacheBlend,
     &compresskv::CompressKv,
     &entropy_abf::EntropyAbf,
+    &flexprefill::FlexPrefill,
     &kv_baselines::h2o::H2o,
     &jrt::Jrt,
     &rope_scaling::llama3::Llama3,
@@ -77,7 +81,15 @@ pub const REPROS: &[&Repro] = &[
 /// Methods without a reproduction of their own, and why.
 pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ("a_shape", "A baseline of planners."),
+    (
+        "anchor_attention",
+        "Not yet: its claim is a speed at equal recall, which needs the table of planners.",
+    ),
     ("block_topk", "A baseline of planners."),
+    (
+        "flexprefill",
+        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
+    ),
     ("h2o", "A baseline of `compresskv`."),
     ("llama3_rope", "A baseline of `entropy_abf`."),
     ("ntk_aware", "A baseline of `entropy_abf`."),
