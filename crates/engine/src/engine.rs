@@ -891,7 +891,9 @@ impl Engine {
             scratch: &mut self.scratch,
         };
         let salt = seq.job.salt;
-        match library.start(&seq.tokens, &seq.job.documents, (how.as_ref(), &policy), salt, 1) {
+        // What it has drawn before it lost its memory is computed as drawn again, behind the prompt.
+        let prompt = &seq.tokens[..seq.prompt];
+        match library.start(prompt, &seq.job.documents, (how.as_ref(), &policy), salt, 1) {
             Ok((kv, provenance)) => {
                 seq.kv = kv;
                 seq.cached.get_or_insert(provenance.found);
