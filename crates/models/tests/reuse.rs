@@ -1,4 +1,4 @@
-//! Chunks computed alone, and prompts mended out of them (paper `cacheblend`, section 6.1), on tiny models in f32.
+//! Chunks computed alone, prompts mended out of them (paper `cacheblend`, section 6.1), and cut caches, on tiny models in f32.
 
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
@@ -8,7 +8,9 @@ use std::sync::Arc;
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
 use antefix_kernels::team::Team;
-use antefix_kv::{Context, Group, Policy, Pool, SegRef, Segment, SeqKv, SeqState};
+use antefix_kv::{
+    Context, Edit, Group, Hidden, Kind, LayerEdit, Policy, Pool, SegRef, Segment, SeqKv, SeqState,
+};
 use antefix_models::decoder::{Blend, Blended, Deviation, Extra, Input, Model, Scratch};
 use antefix_models::files::ModelFiles;
 use antefix_models::gguf::Gguf;
@@ -365,4 +367,67 @@ fn what_stands_beside_a_chunk_does_not_change_it() {
     }
     bench.release(settled.into_iter().chain(together));
     assert_eq!(bench.used(), 0);
+}
+
+/// Rows that were really dropped are rows that nobody sees: the answer stands where it would, and reads the same ones (the notes on kvpress,
+/// section 6; `compresskv`, section 6.1).
+#[test]
+fn a_cut_cache_is_the_whole_one_with_rows_hidden() {
+    const N: usize = 150;
+    for arch in ARCHS {
+        let mut bench = Bench::new(arch);
+        let layers = bench.model.spec().layers;
+        let prompt: Vec<u32> = (0..N).map(|i| ((i * 37 + 101) % 250) as u32).collect();
+        let mut tail = SeqKv::new(bench.pool.shape());
+        bench.pool.reserve(&mut tail, N).unwrap();
+        bench.step(&prompt, &tail, Extra::default());
+        tail.commit(N);
+        // In the second layer from the end everything stays.
+        let stays = |layer: usize, row: usize| {
+            layer + 2 == layers || row < 3 || row + 9 > N || (row * 7 + layer * 3).is_multiple_of(5)
+        };
+        let mut hidden = Hidden::none(layers);
+        for (layer, row) in (0..layers).flat_map(|l| (0..N).map(move |r| (l, r))) {
+            if !stays(layer, row) {
+                hidden.hide(layer, row);
+            }
+        }
+        let all = Segment::share(&mut bench.pool, &tail, N, 0, prompt.clone(), Kind::Exact);
+        let mut seen = SegRef::new(all);
+        seen.hidden = Some(Arc::new(hidden));
+        let context = Context {
+            groups: vec![Group::plain(vec![seen])],
+        };
+        let mut cut = SeqState {
+            tail,
+            ..SeqState::new(bench.pool.shape())
+        };
+        let rows = |layer: usize| (0..N as u32).filter(|&r| stays(layer, r as usize)).collect();
+        let edit = Edit {
+            policy: Policy::new("test"),
+            layers: (0..layers).map(|l| LayerEdit::Rows(rows(l))).collect(),
+        };
+        cut.apply(&mut bench.pool, &edit).unwrap();
+        assert_eq!(
+            cut.next_pos() as usize,
+            N,
+            "the next token stands behind the whole prompt"
+        );
+        let answer = [5, 77, 31, 8, 120];
+        let want = bench.logits(N as u32, Some(&context), &answer);
+        let whole = bench.logits(0, None, &[&prompt[..], &answer].concat());
+        bench.pool.reserve(&mut cut.tail, answer.len()).unwrap();
+        let got = bench.step(&answer, &cut.tail, Extra::of(&cut));
+        assert_near(
+            &got,
+            &want,
+            1e-5,
+            "rows that are gone against rows that are hidden",
+        );
+        let off = got.iter().zip(&whole).map(|(a, b)| (a - b).abs());
+        assert!(off.fold(0.0, f32::max) > 1e-3, "they meant nothing");
+        cut.release(&mut bench.pool);
+        context.release(&mut bench.pool);
+        assert_eq!(bench.used(), 0);
+    }
 }
