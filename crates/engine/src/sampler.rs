@@ -278,20 +278,36 @@ fn softmax(c: &[(u32, f32)]) -> Vec<f32> {
 
 /// Index of the largest logit, ties to the lower index; NaN never wins.
 pub fn argmax(logits: &[f32]) -> u32 {
-    // The maximum first, in lanes that the compiler vectorises; then its place.
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = logits.chunks_exact(16);
-    let tail = chunks
-        .remainder()
+    /// Logits that stay in the first cache until the largest among them is looked for.
+    const NEAR: usize = 1024;
+    let (mut best, mut at) = (f32::NEG_INFINITY, 0);
+    for (i, near) in logits.chunks(NEAR).enumerate() {
+        let top = maximum(near);
+        if top > best {
+            (best, at) = (top, i * NEAR);
+        }
+    }
+    let place = logits
+        .get(at..)
+        .unwrap_or_default()
         .iter()
-        .fold(f32::NEG_INFINITY, |a, &x| if x > a { x } else { a });
+        .position(|&x| x >= best);
+    place.map_or(0, |i| (at + i) as u32)
+}
+
+/// The largest value, in lanes that the compiler vectorises; NaN never is.
+fn maximum(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, tail) = values.as_chunks::<16>();
     for chunk in chunks {
         for (m, &x) in lanes.iter_mut().zip(chunk) {
             *m = if x > *m { x } else { *m };
         }
     }
-    let best = lanes.iter().fold(tail, |a, &x| if x > a { x } else { a });
-    logits.iter().position(|&x| x >= best).unwrap_or(0) as u32
+    lanes
+        .iter()
+        .chain(tail)
+        .fold(f32::NEG_INFINITY, |a, &x| if x > a { x } else { a })
 }
 
 /// Natural log of the softmax probability of `token`.

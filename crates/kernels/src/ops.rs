@@ -131,7 +131,8 @@ pub fn exp(x: f32) -> f32 {
     } else {
         x
     };
-    let n = clamped.mul_add(LOG2_E, ROUND) - ROUND;
+    let shifted = clamped.mul_add(LOG2_E, ROUND);
+    let n = shifted - ROUND;
     let r = n.mul_add(-LO, n.mul_add(-HI, clamped));
     let p = 1.987_569_1e-4f32;
     let p = p.mul_add(r, 1.398_199_9e-3);
@@ -140,10 +141,10 @@ pub fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 0.5);
     let y = (r * r).mul_add(p, r) + 1.0;
-    // 2^n in two factors: n can be 128.
-    let n = n as i32;
+    // 2^n in two factors: n can be 128. A cast would be checked number by number; the low bits of the shifted one are n.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
-    let two = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+    let two = |n: i32| f32::from_bits((n.wrapping_add(127) << 23) as u32);
     let y = y * two(half) * two(n - half);
     if x < -87.33 { 0.0 } else { y }
 }

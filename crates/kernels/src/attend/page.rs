@@ -170,11 +170,14 @@ impl PageMut<'_> {
         assert!(row < PAGE_ROWS && value.len() == dim, "a row of a page");
         match self {
             PageMut::Bf16 { k, v } => {
-                for (d, &x) in key.iter().enumerate() {
-                    k[k_bf16_at(dim, row, d)] = f32_to_bf16(x);
+                // Two neighbours in a row of the key are neighbours in the page, the next two a line further.
+                let lines = k[k_bf16_at(dim, row, 0)..].chunks_mut(2 * HALF);
+                for (to, key) in lines.zip(key.as_chunks::<2>().0) {
+                    to[..2].copy_from_slice(&key.map(f32_to_bf16));
                 }
-                for (d, &x) in value.iter().enumerate() {
-                    v[v_bf16_at(dim, row, d)] = f32_to_bf16(x);
+                let pairs = v[v_bf16_at(dim, row, 0)..].iter_mut().step_by(2);
+                for (to, &x) in pairs.zip(value) {
+                    *to = f32_to_bf16(x);
                 }
             }
             PageMut::F32 { k, v } => {

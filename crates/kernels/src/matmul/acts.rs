@@ -124,7 +124,7 @@ impl Acts {
         self.changed(rows, k);
     }
 
-    /// Rows of which the first `int8_rows` are still to be filled ([`Acts::fill_front`]). Of the others there are no values, just the tiles that
+    /// Rows of which the first `int8_rows` are still to be filled ([`Acts::front`]). Of the others there are no values, just the tiles that
     /// this returns, `[tiles][blocks]`, for the caller to write whole.
     pub(super) fn room(&mut self, rows: usize, k: usize, int8_rows: usize) -> Shared<Tile> {
         self.int8_rows = Some(int8_rows);
@@ -135,10 +135,16 @@ impl Acts {
         Shared::new(self.bf16.as_mut_ptr())
     }
 
-    /// Fills the first `rows` rows after [`Acts::room`].
-    pub(super) fn fill_front(&mut self, team: &Team, rows: usize, f: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-        self.x.resize(rows * self.k, 0.0);
-        team.per_row(&mut self.x, self.k, f);
+    /// `[rows, k]` values of the first `rows` rows for the caller to write, whatever they were: after [`Acts::room`], or of all rows.
+    pub(super) fn front(&mut self, rows: usize, k: usize) -> Shared<f32> {
+        self.x.resize(rows * k, 0.0);
+        Shared::new(self.x.as_mut_ptr())
+    }
+
+    /// Announces `rows` rows of `k` values, all in [`Acts::front`], of which the first `int8_rows` are to be quantised.
+    pub(super) fn expect(&mut self, rows: usize, k: usize, int8_rows: usize) {
+        self.int8_rows = Some(int8_rows);
+        self.changed(rows, k);
     }
 
     /// The values as loaded, to be changed.
@@ -205,8 +211,17 @@ impl Acts {
         if self.form == form || (self.form == Form::Wide && form == Form::Rows) {
             return;
         }
+        let job = self.quantiser(cpu, form);
+        in_groups(team, job.slots() / job.blocks, self.k, &|rows| {
+            job.run(cpu, rows, 0..job.blocks);
+        });
+        self.form = form;
+    }
+
+    /// What quantises the rows, part by part, to where [`Acts`] has them. When all parts are done: [`Acts::has_quantised`].
+    pub(super) fn quantiser(&mut self, cpu: Cpu, form: Form) -> Quantiser {
         let (rows, k, blocks) = (self.int8_rows(cpu), self.k, self.blocks());
-        debug_assert!(k.is_multiple_of(BLOCK));
+        debug_assert!(k.is_multiple_of(BLOCK) && self.x.len() >= rows * k);
         let slots = form.slots(rows, blocks);
         self.q.resize((slots * BLOCK).div_ceil(64), Line([0; 64]));
         self.q16
@@ -220,8 +235,8 @@ impl Acts {
         }
         sx1.resize(slots, 0.0);
         sx2.resize(2 * slots, 0.0);
-        let job = Job {
-            x: &self.x,
+        Quantiser {
+            x: Shared::new(self.x.as_mut_ptr()),
             rows,
             blocks,
             form,
@@ -230,8 +245,11 @@ impl Acts {
             d: Shared::new(self.d.as_mut_ptr()),
             sum: [Shared::new(sum1.as_mut_ptr()), Shared::new(sum2.as_mut_ptr())],
             sx: [Shared::new(sx1.as_mut_ptr()), Shared::new(sx2.as_mut_ptr())],
-        };
-        in_groups(team, slots / blocks, k, &|rows| job.run(cpu, rows));
+        }
+    }
+
+    /// A [`Quantiser`] of this form has been everywhere.
+    pub(super) fn has_quantised(&mut self, form: Form) {
         self.form = form;
     }
 
@@ -267,12 +285,12 @@ impl Acts {
     }
 }
 
-/// Calls `f` with ranges of `rows` rows of `k` values: whole tiles, about 16 Ki values each, so that one is worth handing out.
+/// Calls `f` with ranges of `rows` rows of `k` values: whole tiles, about 8 Ki values each, so that one is worth handing out.
 fn in_groups(team: &Team, rows: usize, k: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
-    if rows * k < 1 << 15 {
+    if rows * k < 1 << 14 {
         return f(0..rows);
     }
-    let group = (1usize << 14).div_ceil(k).next_multiple_of(TILE);
+    let group = (1usize << 13).div_ceil(k).next_multiple_of(TILE);
     team.run(rows.div_ceil(group), &|t| f(t * group..rows.min((t + 1) * group)));
 }
 
@@ -295,8 +313,9 @@ pub(crate) fn to_bf16(x: f32) -> u16 {
 }
 
 /// Rows to quantise. The vectors behind the pointers have room for all slots of `form`.
-struct Job<'a> {
-    x: &'a [f32],
+pub(super) struct Quantiser {
+    /// `[rows, blocks, 32]`
+    x: Shared<f32>,
     rows: usize,
     blocks: usize,
     form: Form,
@@ -307,48 +326,60 @@ struct Job<'a> {
     sx: [Shared<f32>; 2],
 }
 
-impl Job<'_> {
-    /// Quantises rows; those past the last one (in a tile) become zeros. No two calls at a time may have a row in common.
-    fn run(&self, cpu: Cpu, rows: Range<usize>) {
+impl Quantiser {
+    fn slots(&self) -> usize {
+        self.form.slots(self.rows, self.blocks)
+    }
+
+    /// `rows`, and behind the last one those that fill its tile.
+    pub(super) fn whole_tiles(&self, rows: Range<usize>) -> Range<usize> {
+        match rows.end == self.rows {
+            true => rows.start..self.slots() / self.blocks,
+            false => rows,
+        }
+    }
+
+    /// Quantises some blocks of some rows; rows past the last one (in a tile) become zeros.
+    ///
+    /// The activations must not have moved, no two calls at a time may have a block of a row in common, and nobody may write the values.
+    pub(super) fn run(&self, cpu: Cpu, rows: Range<usize>, blocks: Range<usize>) {
         match cpu.path() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `cpu` proves AVX-512 F, BW, DQ, VL.
-            Path::Avx512 | Path::Amx => unsafe { fast::avx512(self, rows) },
+            Path::Avx512 | Path::Amx => unsafe { fast::avx512(self, rows, blocks) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `cpu` proves AVX2.
-            Path::Avx2 => unsafe { fast::avx2(self, rows) },
-            _ => self.body(rows),
+            Path::Avx2 => unsafe { fast::avx2(self, rows, blocks) },
+            _ => self.body(rows, blocks),
         }
     }
 
     #[inline(always)]
-    fn body(&self, rows: Range<usize>) {
+    fn body(&self, rows: Range<usize>, blocks: Range<usize>) {
+        assert!(blocks.end <= self.blocks && rows.end * self.blocks <= self.slots());
         // Loops, not closures: those would be compiled without the features of the caller.
         for r in rows {
             match self.form {
-                Form::Tiles => self.row(r, Form::Tiles),
-                Form::Wide => self.row(r, Form::Wide),
-                _ => self.row(r, Form::Rows),
+                Form::Tiles => self.row(r, blocks.clone(), Form::Tiles),
+                Form::Wide => self.row(r, blocks.clone(), Form::Wide),
+                _ => self.row(r, blocks.clone(), Form::Rows),
             }
         }
     }
 
     #[inline(always)]
-    fn row(&self, r: usize, form: Form) {
+    fn row(&self, r: usize, range: Range<usize>, form: Form) {
         let blocks = self.blocks;
-        let k = blocks * BLOCK;
-        assert!(r * blocks < form.slots(self.rows, blocks));
-        for b in 0..blocks {
+        for b in range {
             let (slot, halves) = (form.slot(r, b, blocks), form.halves(r, b, blocks));
-            // SAFETY: the slot and its halves are inside the vectors (`Acts::quantise`), and only this row's.
+            // SAFETY: the slot and its halves are inside the vectors (`Acts::quantiser`), only this row's and block's; `x` has the row.
             unsafe {
                 let q: &mut [i8; BLOCK] = &mut *self.q.get().add(slot * BLOCK).cast();
-                let (scale, sums) = match self.x.get(r * k + b * BLOCK..r * k + (b + 1) * BLOCK) {
-                    Some(x) if r < self.rows => quantise_block(x.try_into().expect("a block"), q),
-                    _ => {
-                        *q = [0; BLOCK];
-                        (0.0, [0, 0])
-                    }
+                let (scale, sums) = if r < self.rows {
+                    quantise_block(&*self.x.get().add((r * blocks + b) * BLOCK).cast(), q)
+                } else {
+                    *q = [0; BLOCK];
+                    (0.0, [0, 0])
                 };
                 if form == Form::Wide {
                     *self.q16.get().add(slot * BLOCK).cast::<[i16; BLOCK]>() = q.map(i16::from);
@@ -376,7 +407,7 @@ impl Job<'_> {
 mod fast {
     use std::arch::x86_64::{_mm512_cvtne2ps_pbh, _mm512_loadu_ps};
 
-    use super::{BLOCK, Job, Range};
+    use super::{BLOCK, Quantiser, Range};
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) fn bf16(x: &[f32; BLOCK], to: &mut [u16; BLOCK]) {
@@ -388,13 +419,13 @@ mod fast {
     }
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn avx2(job: &Job<'_>, rows: Range<usize>) {
-        job.body(rows);
+    pub(super) fn avx2(job: &Quantiser, rows: Range<usize>, blocks: Range<usize>) {
+        job.body(rows, blocks);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(super) fn avx512(job: &Job<'_>, rows: Range<usize>) {
-        job.body(rows);
+    pub(super) fn avx512(job: &Quantiser, rows: Range<usize>, blocks: Range<usize>) {
+        job.body(rows, blocks);
     }
 }
 

@@ -129,14 +129,15 @@ pub(crate) unsafe fn run(task: &Task<'_>) {
     UNPACKED.with_borrow_mut(|unpacked| {
         for first in task.panels.clone().step_by(GROUP) {
             let panels = first..task.panels.end.min(first + GROUP);
+            let ahead = Fetch::of(task, panels.end);
             // SAFETY: the caller's promise.
             unsafe {
                 with_kind!(
                     task.matrix.kind,
                     K => if task.rows.len() <= 8 {
-                        group::<K, 8>(task, panels, unpacked);
+                        group::<K, 8>(task, panels, unpacked, ahead);
                     } else {
-                        group::<K, TILE>(task, panels, unpacked);
+                        group::<K, TILE>(task, panels, unpacked, ahead);
                     },
                     unreachable!("floats went to AVX-512")
                 );
@@ -147,6 +148,47 @@ pub(crate) unsafe fn run(task: &Task<'_>) {
     unsafe { release() };
 }
 
+/// The weights that this thread unpacks next, asked for while it multiplies: unpacking would wait for memory, products don't need it.
+struct Fetch {
+    from: *const u8,
+    lines: usize,
+    /// Lines that each step asks for.
+    pace: usize,
+}
+
+impl Fetch {
+    /// The group from panel `first` on, or, when the task ends there, the first of the task that probably follows on this thread.
+    fn of(task: &Task<'_>, first: usize) -> Self {
+        let next = match first < task.panels.end {
+            true => Some((task.matrix, first)),
+            false => task.next,
+        };
+        let bytes = next.map_or(&[][..], |(matrix, first)| {
+            matrix.panels_from(first, GROUP.min(matrix.panels() - first))
+        });
+        Self {
+            from: bytes.as_ptr(),
+            lines: bytes.len() / 64,
+            pace: 0,
+        }
+    }
+
+    fn over(mut self, steps: usize) -> Self {
+        self.pace = self.lines.div_ceil(steps);
+        self
+    }
+
+    #[inline]
+    fn step(&mut self) {
+        for _ in 0..self.pace.min(self.lines) {
+            // SAFETY: asking for memory reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.from.cast()) };
+            self.from = self.from.wrapping_add(64);
+        }
+        self.lines = self.lines.saturating_sub(self.pace);
+    }
+}
+
 /// All rows of the task, `R` to a tile, against a group of panels: tile by tile, so that the rows of a tile stay in the first cache and
 /// outputs are written in runs of several lines.
 ///
@@ -154,7 +196,12 @@ pub(crate) unsafe fn run(task: &Task<'_>) {
 /// As [`run`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn group<K: Fixed, const R: usize>(task: &Task<'_>, panels: Range<usize>, unpacked: &mut Vec<Line>) {
+unsafe fn group<K: Fixed, const R: usize>(
+    task: &Task<'_>,
+    panels: Range<usize>,
+    unpacked: &mut Vec<Line>,
+    fetch: Fetch,
+) {
     let (acts, parts) = (task.acts, const { K::RECORD.parts() });
     let blocks = acts.blocks();
     let (first, tiles) = (task.rows.start / TILE, task.rows.len().div_ceil(TILE));
@@ -203,6 +250,7 @@ unsafe fn group<K: Fixed, const R: usize>(task: &Task<'_>, panels: Range<usize>,
         store_sums(false, &mut sums[0]);
         ahead.compute::<K>(false, &shape);
         let mut odd = false;
+        let mut fetch = fetch.over(tiles * panels.len() * blocks * parts);
         for tile in first..first + tiles {
             let d = acts.d.as_ptr().add(tile * blocks * TILE);
             let sx = acts.sx[parts - 1].as_ptr().add(tile * blocks * parts * TILE);
@@ -213,6 +261,7 @@ unsafe fn group<K: Fixed, const R: usize>(task: &Task<'_>, panels: Range<usize>,
                 for b in 0..blocks * parts {
                     store_sums(!odd, &mut sums[usize::from(!odd)]);
                     ahead.compute::<K>(!odd, &shape);
+                    fetch.step();
                     let (d, sx) = (d.add(b / parts * TILE), sx.add(b * TILE));
                     let (scale, min) = (
                         _mm512_load_ps(scale.add(b * COLS)),

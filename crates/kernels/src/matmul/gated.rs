@@ -1,10 +1,11 @@
 //! The middle of a gated feed-forward block: two products with the same activations become the activations of the next one.
 
 use std::ops::Range;
+use std::slice;
 
-use super::acts::Tile;
-use super::layout::BLOCK;
-use super::{Acts, Matrix, Task, bf16_grain, matmul_first, meet_at_once, prepare, steps};
+use super::acts::{Quantiser, Tile};
+use super::layout::{BLOCK, COLS};
+use super::{Acts, Matrix, Task, bf16_grain, form_of, grain, meet_at_once, prepare, steps};
 use crate::cpu::Cpu;
 use crate::memory::Shared;
 use crate::team::Team;
@@ -21,15 +22,15 @@ pub struct Gated<'a> {
     pub up: &'a Matrix,
     /// The nonlinearity, with the multiplication.
     pub f: Gate,
-    /// Whether all values are wanted in f32: to be looked at, or for a matrix that is not quantised.
-    pub whole: bool,
+    /// The quantised matrix that the result meets next. Without one, all of it is wanted in f32: to be looked at, or for other weights.
+    pub next: Option<&'a Matrix>,
 }
 
 impl Gated<'_> {
     /// Whether rows that meet weights in bf16 can stay in it.
     fn stays_in_bf16(&self) -> bool {
         let (gate, up) = (self.gate, self.up);
-        !self.whole && gate.is_quantised() && up.is_quantised() && gate.n.is_multiple_of(BLOCK)
+        self.next.is_some() && gate.is_quantised() && up.is_quantised() && gate.n.is_multiple_of(BLOCK)
     }
 }
 
@@ -44,18 +45,44 @@ pub(super) struct Part<'a> {
     pub(super) out: Shared<Tile>,
 }
 
-/// `out = f(acts * gate^T) * (acts * up^T)`, with the rows of `acts` in int8 in the same places. Rows that meet weights in bf16 go from tile
-/// to tile: their f32 values never leave the first cache, and the bits are those of the steps one by one. `buffers` are for all others.
+/// A part of it in f32: both products, then the nonlinearity while they are near, and the rounding for the next product.
+struct Front<'a> {
+    products: [Task<'a>; 2],
+    f: Gate,
+    quantiser: Option<&'a Quantiser>,
+}
+
+impl Front<'_> {
+    fn run(&self) {
+        let [gate, up] = &self.products;
+        super::run(gate);
+        super::run(up);
+        let n = gate.matrix.n;
+        let (first, last) = (gate.panels.start * COLS, n.min(gate.panels.end * COLS));
+        for r in gate.rows.clone() {
+            let at = r * n + first;
+            // SAFETY: both have `[rows, n]` values, which the products have just written; nobody else has these rows and columns.
+            let (gate, up) = unsafe {
+                (
+                    slice::from_raw_parts_mut(gate.y.get().add(at), last - first),
+                    slice::from_raw_parts(up.y.get().add(at), last - first),
+                )
+            };
+            (self.f)(self.products[0].cpu, gate, up);
+        }
+        if let Some(quantiser) = self.quantiser {
+            let rows = quantiser.whole_tiles(gate.rows.clone());
+            quantiser.run(gate.cpu, rows, first / BLOCK..last / BLOCK);
+        }
+    }
+}
+
+/// `out = f(acts * gate^T) * (acts * up^T)`, with the rows of `acts` in int8 in the same places. Values are changed and rounded where they
+/// were computed, and those of rows that meet weights in bf16 never leave the first cache; the bits are those of the steps one by one.
+/// `buffer` is for values in between.
 ///
 /// Panics when the shapes of the matrices differ or are not those of `acts`.
-pub fn gated(
-    cpu: Cpu,
-    team: &Team,
-    acts: &mut Acts,
-    what: Gated<'_>,
-    buffers: &mut [Vec<f32>; 2],
-    out: &mut Acts,
-) {
+pub fn gated(cpu: Cpu, team: &Team, acts: &mut Acts, what: Gated<'_>, buffer: &mut Vec<f32>, out: &mut Acts) {
     let (rows, n) = (acts.rows(), what.gate.n);
     for w in [what.gate, what.up] {
         assert_eq!(
@@ -64,65 +91,94 @@ pub fn gated(
             "{w:?}: another shape than its gate or activations"
         );
     }
+    if rows == 0 {
+        return out.expect(0, n, 0);
+    }
     let int8_rows = acts.int8_rows(cpu);
-    let fused = what.stays_in_bf16() && int8_rows < rows;
-    let plain = if fused { int8_rows } else { rows };
-    for y in buffers.iter_mut() {
-        y.resize(plain * n, 0.0);
-    }
-    let [gate, up] = buffers;
     let (int8, bf16) = (0..int8_rows, int8_rows..rows);
-    let (row_step, panel_step) = bf16_grain(team.threads(), bf16.len(), what.gate);
-    let at_once = fused && meet_at_once(&int8, &bf16, row_step);
-    if !at_once {
-        matmul_first(cpu, team, acts, plain, &mut [(what.gate, gate), (what.up, up)]);
+    prepare(cpu, team, acts, rows, [what.gate, what.up].into_iter());
+    let acts = &*acts;
+    let tiles = (what.stays_in_bf16() && !bf16.is_empty()).then(|| out.room(rows, n, int8_rows));
+    let plain = if tiles.is_some() { int8_rows } else { rows };
+    let y = out.front(plain, n);
+    if tiles.is_none() {
+        out.expect(rows, n, int8_rows);
     }
-    if fused {
-        prepare(cpu, team, acts, rows, [what.gate, what.up].into_iter());
-        let tiles = out.room(rows, n, int8_rows);
-        let acts = &*acts;
-        let beside =
-            [(what.gate, &mut *gate), (what.up, &mut *up)].map(|(w, y)| (w, Shared::new(y.as_mut_ptr())));
-        let jobs: Vec<_> = steps(bf16, row_step)
-            .flat_map(|rows| {
-                steps(0..what.gate.panels(), panel_step).map(move |panels| (rows.clone(), panels))
-            })
-            .map(|(rows, panels)| {
-                let beside = beside.map(|(matrix, y)| Task {
-                    cpu,
-                    matrix,
-                    acts,
-                    rows: int8.clone(),
-                    panels: panels.clone(),
-                    y,
-                });
+    buffer.resize(plain * n, 0.0);
+    let beside = Shared::new(buffer.as_mut_ptr());
+    let quantiser = what
+        .next
+        .filter(|next| next.is_quantised() && !int8.is_empty() && n.is_multiple_of(BLOCK))
+        .map(|next| {
+            let form = form_of(cpu, int8_rows, std::iter::once(next));
+            (form, out.quantiser(cpu, form))
+        });
+    let front = |rows: &Range<usize>, panels: Range<usize>| {
+        let product = |matrix, y, next| Task {
+            cpu,
+            matrix,
+            acts,
+            rows: rows.clone(),
+            panels: panels.clone(),
+            y,
+            next,
+        };
+        Front {
+            products: [
+                product(what.gate, y, Some((what.up, panels.start))),
+                product(what.up, beside, None),
+            ],
+            f: what.f,
+            quantiser: (rows.start < int8_rows)
+                .then_some(quantiser.as_ref())
+                .flatten()
+                .map(|q| &q.1),
+        }
+    };
+    let all = 0..what.gate.panels();
+    let mut jobs: Vec<(Option<Front<'_>>, Option<Part<'_>>)> = Vec::new();
+    let (row_step, panel_step) = bf16_grain(team.threads(), bf16.len(), what.gate);
+    let at_once = tiles.is_some() && meet_at_once(&int8, &bf16, row_step);
+    let mut fronts = |rows: &Range<usize>, (row_step, panel_step): (usize, usize)| {
+        // Whole blocks of the next product.
+        for panels in steps(all.clone(), panel_step.next_multiple_of(2)) {
+            jobs.extend(steps(rows.clone(), row_step).map(|rows| (Some(front(&rows, panels.clone())), None)));
+        }
+    };
+    if !at_once {
+        fronts(&int8, grain(team.threads(), int8.len(), what.gate, 2));
+    }
+    match tiles {
+        None => fronts(&bf16, (row_step, panel_step)),
+        Some(out) => jobs.extend(steps(bf16, row_step).flat_map(|rows| {
+            let (front, int8) = (&front, &int8);
+            steps(all.clone(), panel_step).map(move |panels| {
                 let part = Part {
                     cpu,
                     gated: what,
                     acts,
-                    rows,
-                    panels,
-                    out: tiles,
+                    rows: rows.clone(),
+                    panels: panels.clone(),
+                    out,
                 };
-                (at_once.then_some(beside), part)
+                (at_once.then(|| front(int8, panels)), Some(part))
             })
-            .collect();
-        team.run(jobs.len(), &|j| {
-            let (beside, part) = &jobs[j];
-            beside.iter().flatten().for_each(super::run);
-            run(part);
-        });
+        })),
     }
-    let (gate, up) = (&*gate, &*up);
-    let fill = |r: usize, row: &mut [f32]| {
-        row.copy_from_slice(&gate[r * n..][..n]);
-        (what.f)(cpu, row, &up[r * n..][..n]);
-    };
-    if fused {
-        out.fill_front(team, int8_rows, &fill);
-    } else {
-        out.set_int8_rows(Some(int8_rows));
-        out.fill(team, rows, n, &fill);
+    for j in team.threads()..jobs.len() {
+        let next = jobs[j].0.as_ref().map(|front| front.products[0].panels.start);
+        if let (Some(before), Some(panel)) = (&mut jobs[j - team.threads()].0, next) {
+            before.products[1].next = Some((what.gate, panel));
+        }
+    }
+    team.run(jobs.len(), &|j| {
+        let (front, part) = &jobs[j];
+        front.iter().for_each(Front::run);
+        part.iter().for_each(run);
+    });
+    drop(jobs);
+    if let Some((form, _)) = quantiser {
+        out.has_quantised(form);
     }
 }
 

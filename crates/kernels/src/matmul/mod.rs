@@ -118,9 +118,19 @@ impl Matrix {
     }
 
     fn panel(&self, p: usize) -> &[u8] {
-        assert!(p < self.panels());
+        self.panels_from(p, 1)
+    }
+
+    /// `count` panels from `first` on.
+    fn panels_from(&self, first: usize, count: usize) -> &[u8] {
+        assert!(first < self.panels() && count <= self.panels() - first);
         // SAFETY: the buffer holds `panels()` panels of `panel_bytes` bytes, initialised when packed.
-        unsafe { std::slice::from_raw_parts(self.buffer.ptr().add(p * self.panel_bytes), self.panel_bytes) }
+        unsafe {
+            std::slice::from_raw_parts(
+                self.buffer.ptr().add(first * self.panel_bytes),
+                count * self.panel_bytes,
+            )
+        }
     }
 }
 
@@ -134,6 +144,8 @@ pub(crate) struct Task<'a> {
     panels: Range<usize>,
     /// The whole `y: [rows, n]`; this task alone writes its rows and panels of it.
     y: Shared<f32>,
+    /// A matrix and a panel of it that the thread of this task will probably want next.
+    next: Option<(&'a Matrix, usize)>,
 }
 
 impl Task<'_> {
@@ -147,7 +159,7 @@ impl Task<'_> {
     fn place(&self, r: usize, p: usize) -> (*mut f32, usize) {
         debug_assert!(self.rows.contains(&r) && self.panels.contains(&p));
         let n = self.matrix.n;
-        // SAFETY: `y` has `acts.rows() * n` elements (checked in `matmul_many`), `r < acts.rows()`, `p * COLS < n`.
+        // SAFETY: `y` has `acts.rows() * n` elements (`write_products`), `r < acts.rows()`, `p * COLS < n`.
         (
             unsafe { self.y.get().add(r * n + p * COLS) },
             (n - p * COLS).min(COLS),
@@ -181,15 +193,37 @@ pub fn matmul(cpu: Cpu, team: &Team, acts: &mut Acts, w: &Matrix, y: &mut [f32])
 /// Panics like [`matmul`].
 pub fn matmul_many(cpu: Cpu, team: &Team, acts: &mut Acts, products: &mut [(&Matrix, &mut [f32])]) {
     let rows = acts.rows();
-    matmul_first(cpu, team, acts, rows, products);
+    for (w, y) in products.iter() {
+        assert_eq!(y.len(), rows * w.n, "{w:?}: output is not {rows} x {}", w.n);
+    }
+    let products: Vec<_> = products
+        .iter_mut()
+        .map(|(w, y)| (*w, Shared::new(y.as_mut_ptr())))
+        .collect();
+    write_products(cpu, team, acts, &products);
 }
 
-/// As [`matmul_many`], of the first `rows` rows.
-fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &mut [(&Matrix, &mut [f32])]) {
-    assert!(rows <= acts.rows());
-    for (w, y) in products.iter() {
+/// As [`matmul`], with the product appended to `y`.
+///
+/// Panics when `acts.k() != w.k()`.
+pub fn matmul_append(cpu: Cpu, team: &Team, acts: &mut Acts, w: &Matrix, y: &mut Vec<f32>) {
+    let (len, more) = (y.len(), acts.rows() * w.n);
+    y.reserve(more);
+    write_products(
+        cpu,
+        team,
+        acts,
+        &[(w, Shared::new(y.spare_capacity_mut().as_mut_ptr().cast()))],
+    );
+    // SAFETY: there is room for `more`, and every element of the product was written.
+    unsafe { y.set_len(len + more) };
+}
+
+/// Writes every element of the products, each `[acts.rows(), n]`, for which the caller has room there.
+fn write_products(cpu: Cpu, team: &Team, acts: &mut Acts, products: &[(&Matrix, Shared<f32>)]) {
+    let rows = acts.rows();
+    for (w, _) in products {
         assert_eq!(acts.k(), w.k, "{w:?}: activations have another k");
-        assert_eq!(y.len(), rows * w.n, "{w:?}: output is not {rows} x {}", w.n);
     }
     if rows == 0 {
         return;
@@ -198,8 +232,7 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
     let int8_rows = acts.int8_rows(cpu).min(rows);
     let acts = &*acts;
     let mut jobs = Vec::new();
-    for (w, y) in products.iter_mut() {
-        let y = Shared::new(y.as_mut_ptr());
+    for &(w, y) in products {
         let task = |rows, panels| Task {
             cpu,
             matrix: w,
@@ -207,6 +240,7 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
             rows,
             panels,
             y,
+            next: None,
         };
         let (int8, bf16) = match w.is_quantised() {
             true => (0..int8_rows, int8_rows..rows),
@@ -223,7 +257,7 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
             continue;
         }
         for (rows, (row_step, panel_step)) in [
-            (int8.clone(), grain(team.threads(), int8.len(), w)),
+            (int8.clone(), grain(team.threads(), int8.len(), w, 1)),
             (bf16, (row_step, panel_step)),
         ] {
             for rows in steps(rows, row_step) {
@@ -232,6 +266,10 @@ fn matmul_first(cpu: Cpu, team: &Team, acts: &mut Acts, rows: usize, products: &
                 );
             }
         }
+    }
+    for j in team.threads()..jobs.len() {
+        let (task, _) = &jobs[j];
+        jobs[j - team.threads()].0.next = Some((task.matrix, task.panels.start));
     }
     team.run(jobs.len(), &|j| {
         let (task, then) = &jobs[j];
@@ -246,7 +284,7 @@ fn prepare<'a>(
     team: &Team,
     acts: &mut Acts,
     rows: usize,
-    mut matrices: impl Iterator<Item = &'a Matrix> + Clone,
+    matrices: impl Iterator<Item = &'a Matrix> + Clone,
 ) {
     assert!(
         matrices.clone().all(Matrix::is_quantised) || acts.x().len() >= rows * acts.k(),
@@ -260,14 +298,17 @@ fn prepare<'a>(
         acts.round(cpu, team);
     }
     if int8_rows > 0 {
-        let bytes = matrices.any(|w| w.kind == Kind::I8);
-        let form = match cpu.path() {
-            Path::Avx2 if int8_rows > 1 && bytes && !cpu.avx_vnni() => Form::Wide,
-            #[cfg(target_arch = "x86_64")]
-            Path::Amx if int8_rows >= amx::LEAST_ROWS => Form::Tiles,
-            _ => Form::Rows,
-        };
-        acts.quantise(cpu, team, form);
+        acts.quantise(cpu, team, form_of(cpu, int8_rows, matrices));
+    }
+}
+
+/// The form in which `rows` quantised rows meet the matrices.
+fn form_of<'a>(cpu: Cpu, rows: usize, mut matrices: impl Iterator<Item = &'a Matrix>) -> Form {
+    match cpu.path() {
+        Path::Avx2 if rows > 1 && !cpu.avx_vnni() && matrices.any(|w| w.kind == Kind::I8) => Form::Wide,
+        #[cfg(target_arch = "x86_64")]
+        Path::Amx if rows >= amx::LEAST_ROWS => Form::Tiles,
+        _ => Form::Rows,
     }
 }
 
@@ -290,8 +331,9 @@ const MAX_ROWS: usize = 256;
 /// groups of them.
 const GROUP: usize = 4;
 
-/// Rows and panels of a task: enough tasks that threads finish together, few enough that handing them out costs nothing.
-fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
+/// Rows and panels of a task that multiplies with `matrices` matrices of this shape: enough tasks that threads finish together, few enough
+/// that handing them out costs nothing.
+fn grain(threads: usize, rows: usize, w: &Matrix, matrices: usize) -> (usize, usize) {
     let rows = rows.max(1);
     if threads == 1 {
         return (MAX_ROWS, w.panels());
@@ -301,8 +343,11 @@ fn grain(threads: usize, rows: usize, w: &Matrix) -> (usize, usize) {
     let splits = want.div_ceil(w.panels()).min(rows.div_ceil(32)).max(1);
     let row_step = rows.div_ceil(splits).next_multiple_of(16).min(MAX_ROWS);
     // A task of less than about 2^18 multiplications is not worth a hand-over.
-    let least = (1usize << 18).div_ceil(COLS * w.k * row_step.min(rows));
+    let least = (1usize << 18).div_ceil(COLS * w.k * row_step.min(rows) * matrices);
     let panel_step = (w.panels() * splits).div_ceil(want).max(least);
+    // As many for each thread: with few tasks, one more than that would be waited for.
+    let tasks = w.panels().div_ceil(panel_step).next_multiple_of(threads);
+    let panel_step = w.panels().div_ceil(tasks);
     let panel_step = if rows > COLS {
         panel_step.next_multiple_of(GROUP)
     } else {

@@ -3,7 +3,7 @@
 use antefix_attention::hooks::{Site, Watch};
 use antefix_attention::readout::AttentionView;
 use antefix_attention::{Angles, AttendError, Extra, Scratch as AttendScratch, SeqRows, Sharing, attend};
-use antefix_kernels::matmul::{Acts, Gated, Matrix, gated, matmul, matmul_many};
+use antefix_kernels::matmul::{Acts, Gated, Matrix, gated, matmul, matmul_append, matmul_many};
 use antefix_kernels::ops::{self, Rope};
 use antefix_kernels::quant;
 use antefix_kv::{Context, Pool, SeqKv};
@@ -62,7 +62,7 @@ pub struct Scratch {
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
     pub(super) z: Vec<f32>,
-    gate_up: [Vec<f32>; 2],
+    up: Vec<f32>,
     gated: Acts,
     pub(super) out: Vec<f32>,
     pub(super) acts: Acts,
@@ -356,16 +356,9 @@ impl Model {
                 Act::Silu => ops::silu_mul,
                 Act::GeluTanh => ops::gelu_tanh_mul,
             },
-            whole: looked_at || !layer.down.is_quantised(),
+            next: (!looked_at && layer.down.is_quantised()).then_some(&layer.down),
         };
-        gated(
-            self.cpu,
-            &self.team,
-            &mut s.acts,
-            what,
-            &mut s.gate_up,
-            &mut s.gated,
-        );
+        gated(self.cpu, &self.team, &mut s.acts, what, &mut s.up, &mut s.gated);
         if looked_at {
             watch.at(l, Site::MlpPost, s.gated.x_mut(), spec.d_ff);
         }
@@ -436,14 +429,7 @@ impl Model {
             watch.at(spec.layers, Site::FinalNorm, s.acts.x_mut(), spec.d_model);
         }
         let at = logits.len();
-        logits.resize(at + rows * spec.vocab, 0.0);
-        matmul(
-            self.cpu,
-            &self.team,
-            &mut s.acts,
-            &self.weights.output,
-            &mut logits[at..],
-        );
+        matmul_append(self.cpu, &self.team, &mut s.acts, &self.weights.output, logits);
         if let Some(cap) = spec.final_softcap {
             self.per_row(&mut logits[at..], spec.vocab, |_, row| ops::softcap(row, cap));
         }
