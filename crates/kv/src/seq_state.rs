@@ -539,6 +539,47 @@ mod tests {
     }
 
     #[test]
+    fn rows_may_be_folded_in_any_order() {
+        let mut pool = Pool::new(SHAPE, 1 << 20);
+        let mut whole = SeqState::new(SHAPE);
+        append(&mut pool, &mut whole, 90);
+        let heads = |keep: Vec<u32>| LayerEdit::Heads(vec![fold(keep, Fold::LnCount); 2]);
+        // Positions that go in each step; the row of those before goes with them.
+        let orders: [&[&[u32]]; 4] = [
+            &[&[2, 40], &[40, 60]],
+            &[&[40, 60], &[2, 40]],
+            &[&[20, 40], &[40, 60], &[2, 20]],
+            &[&[2, 60]],
+        ];
+        for order in orders {
+            let mut state = whole.fork(&mut pool).unwrap();
+            let mut folded = None;
+            for span in order {
+                let rows = state.own_rows(0, 0).into_iter().enumerate();
+                let stays =
+                    |r: &OwnRow| !(span[0]..span[1]).contains(&r.position) && Some(r.position) != folded;
+                let keep: Vec<u32> = rows.filter(|(_, r)| stays(r)).map(|(i, _)| i as u32).collect();
+                state
+                    .apply(&mut pool, &edit([heads(keep.clone()), heads(keep)]))
+                    .unwrap();
+                folded = Some(folded.map_or(span[0], |at: u32| at.min(span[0])));
+            }
+            let rows = rows(&pool, &state, 1, 0);
+            assert_eq!(rows.len(), 90 - 58 + 1);
+            // 58 rows, whose keys are 10 times their positions, and 1.
+            let (position, bias, key) = rows[2];
+            assert_eq!(position, 2);
+            assert!(
+                (bias - 58f32.ln()).abs() < 1e-5 && (key - 306.0).abs() < 1e-2,
+                "{bias} {key}"
+            );
+            state.release(&mut pool);
+        }
+        whole.release(&mut pool);
+        assert_eq!(pool.stats().bytes_used, 0);
+    }
+
+    #[test]
     fn truncation_stops_at_the_context_and_forks_share_it() {
         let mut pool = Pool::new(SHAPE, 1 << 20);
         let mut state = SeqState::new(SHAPE);

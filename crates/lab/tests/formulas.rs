@@ -215,6 +215,38 @@ fn the_first_token_is_that_of_the_whole_cache() {
 }
 
 #[test]
+fn what_fits_the_buffer_is_dense() {
+    let (mut host, _folder) = host("buffer");
+    let dense = host.ask(&ask(PROMPT)).unwrap().logits;
+    // Sinks, buffer and one row between are all rows, and the answer's.
+    let method = format!(
+        "razor_attention,sinks=4,fraction=0,every=1,buffer={},profile={PROFILE}",
+        PROMPT - 4
+    );
+    let program = host.install(&[&method]).unwrap();
+    let asked = Ask {
+        program: Some(program),
+        ..ask(PROMPT)
+    };
+    let told = host.ask(&asked).unwrap();
+    assert_eq!(told.kept, 1.0);
+    assert!(told.logits == dense);
+}
+
+#[test]
+fn documents_that_do_not_fit_twice_are_refused() {
+    let (mut host, _folder) = host("twice");
+    let program = host.install(&["jrt,times=4"]).unwrap();
+    let asked = Ask {
+        program: Some(program),
+        prompt: with_documents(&[150]),
+        ..ask(0)
+    };
+    let error = host.ask(&asked).unwrap_err().to_string();
+    assert!(error.contains("600") && error.contains("hint"), "{error}");
+}
+
+#[test]
 fn short_requests_keep_their_bits_under_every_stretch() {
     let (mut host, _folder) = host("bits");
     let dense = host.ask(&ask(PROMPT)).unwrap().logits;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::matmul::Precision;
+use antefix_kernels::ops;
 use antefix_kernels::team::Team;
 use antefix_kv::{
     Context, Edit, Group, Hidden, Kind, LayerEdit, Policy, Pool, SegRef, Segment, SeqKv, SeqState,
@@ -14,7 +15,7 @@ use antefix_kv::{
 use antefix_models::decoder::{Blend, Blended, Deviation, Extra, Input, Model, Scratch};
 use antefix_models::files::ModelFiles;
 use antefix_models::gguf::Gguf;
-use antefix_models::spec::Arch;
+use antefix_models::spec::{Arch, RopeStyle};
 use antefix_models::testing::tiny_gguf;
 
 const ARCHS: [Arch; 3] = [Arch::Llama, Arch::Qwen2, Arch::Gemma3];
@@ -196,6 +197,55 @@ fn a_chunk_right_behind_its_prefix_is_the_ordinary_prompt() {
         done.context.release(&mut bench.pool);
         bench.pool.release(tail);
         context.release(&mut bench.pool);
+        bench.release(settled.into_iter().chain(chunks));
+        assert_eq!(bench.used(), 0);
+    }
+}
+
+#[test]
+fn a_chunk_that_is_turned_to_its_place_has_the_first_layers_keys_of_that_place() {
+    // Layer 0 knows nothing of what stands before a token: only angles differ, those of the layer's own base.
+    for arch in ARCHS {
+        let mut bench = Bench::new(arch);
+        let prompt = Prompt::new(&[40, 33, 64]);
+        let mut tail = SeqKv::new(bench.pool.shape());
+        bench.pool.reserve(&mut tail, prompt.all().len()).unwrap();
+        bench.step(&prompt.all(), &tail, Extra::default());
+        tail.commit(prompt.all().len());
+        let n = tail.len();
+        let whole = Segment::of_tail(&mut bench.pool, tail, 0, prompt.all(), Kind::Exact);
+        assert_eq!(whole.rows(), n);
+        let (settled, chunks) = prompt.place(&mut bench);
+        let spec = bench.model.spec();
+        let rope = &spec.ropes[spec.layer_kinds[0].rope];
+        let style = match rope.style {
+            RopeStyle::Neox => ops::RopeStyle::Neox,
+            RopeStyle::Interleaved => ops::RopeStyle::Interleaved,
+        };
+        let rope = ops::Rope::new(&rope.frequencies(), style);
+        let want = rows(&bench, &whole, 0);
+        let mut moved = 0.0f32;
+        for chunk in &chunks {
+            for (position, stored) in rows(&bench, &chunk.segment, 0) {
+                let (mut key, value): (Vec<f32>, Vec<f32>) =
+                    stored.chunks_exact(2).map(|kv| (kv[0], kv[1])).unzip();
+                let before = key.clone();
+                rope.turn(&mut key, spec.head_dim, chunk.delta);
+                moved = key
+                    .iter()
+                    .zip(&before)
+                    .map(|(a, b)| (a - b).abs())
+                    .fold(moved, f32::max);
+                let at = position as i32 + chunk.delta;
+                let (_, want) = &want[at as usize];
+                let (want_key, want_value): (Vec<f32>, Vec<f32>) =
+                    want.chunks_exact(2).map(|kv| (kv[0], kv[1])).unzip();
+                assert_near(&key, &want_key, 1e-5, "the turned key");
+                assert_near(&value, &want_value, 1e-5, "the value");
+            }
+        }
+        assert!(moved > 0.01, "{arch:?}: turning meant nothing");
+        whole.release(&mut bench.pool);
         bench.release(settled.into_iter().chain(chunks));
         assert_eq!(bench.used(), 0);
     }

@@ -120,11 +120,19 @@ fn needles_for_heads_mark_their_answers() {
     let (tokenizer, prose) = (tokenizer(), Prose::Generated);
     let kit = kit(&tokenizer, &prose);
     for needle in &NEEDLES {
-        let s = needle_run(&kit, needle, 3000, 0.6, 2).expect("long enough");
-        assert_eq!(
-            tokenizer.decode(&s.context[s.facts[0].clone()]).trim(),
-            needle.answer
-        );
+        for depth in [0.0, 0.6, 1.0] {
+            let s = needle_run(&kit, needle, 3000, depth, 2).expect("long enough");
+            let answer = s.facts[0].clone();
+            assert_eq!(tokenizer.decode(&s.context[answer.clone()]).trim(), needle.answer);
+            let text = tokenizer.decode(&s.context);
+            assert_eq!(text.matches(needle.answer).count(), 1, "it is there once: {text}");
+            // Within a needle and a sentence of the depth, and as long as asked for but for a sentence.
+            let at = answer.start as f64 / s.context.len() as f64;
+            assert!((at - depth).abs() < 0.1, "asked for {depth}, is at {at}");
+            let tokens = s.context.len() + s.question.len();
+            assert!((2800..=3000).contains(&tokens), "{tokens}");
+            assert_eq!(needle_run(&kit, needle, 3000, depth, 2).as_ref(), Some(&s));
+        }
     }
 }
 

@@ -258,6 +258,49 @@ fn a_sequence_that_begins_again_forgets() {
 }
 
 #[test]
+fn keys_that_are_no_sinks_may_change_places() {
+    let case = Case::new(None);
+    let (a, v) = (case.matrix(0), case.values(0));
+    let sinks = reference::sinks(&a, 3.0 / N as f64, false);
+    assert!(sinks.contains(&17) && sinks.len() < 20);
+    // The last row sees all of them: turned round among each other, and the sinks where they are.
+    let others: Vec<usize> = (0..N).filter(|j| !sinks.contains(j)).collect();
+    let mut order: Vec<usize> = (0..N).collect();
+    for (&j, &from) in others.iter().zip(others.iter().rev()) {
+        order[j] = from;
+    }
+    let turned = |row: &[f64]| -> Vec<f64> { order.iter().map(|&j| row[j]).collect() };
+    let last = &a[N - 1];
+    let plain = reference::redistribute(std::slice::from_ref(last), &sinks, 0.4);
+    let moved = reference::redistribute(&[turned(last)], &sinks, 0.4);
+    let near = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12);
+    assert!(near(&turned(&plain[0]), &moved[0]));
+    let values: Vec<Vec<f64>> = order.iter().map(|&j| v[j].clone()).collect();
+    let (was, is) = (reference::output(&plain, &v), reference::output(&moved, &values));
+    assert!(near(&was[0], &is[0]));
+    // And so in the fast form.
+    let z = |weights: &[f64], v: &[Vec<f64>]| -> Vec<f32> {
+        let mut z: Vec<f32> = reference::output(&[weights.to_vec()], v)[0]
+            .iter()
+            .map(|&x| x as f32)
+            .collect();
+        let list: Vec<u32> = sinks.iter().map(|&j| j as u32).collect();
+        hand_on(
+            &list,
+            0.4,
+            |j| weights[j as usize] as f32,
+            |j, d| v[j as usize][d] as f32,
+            &mut z,
+        );
+        z
+    };
+    let (fast, fast_moved) = (z(last, &v), z(&turned(last), &values));
+    for ((a, b), want) in fast.iter().zip(&fast_moved).zip(&was[0]) {
+        assert!((a - b).abs() < 1e-5 && (f64::from(*a) - want).abs() < 1e-5);
+    }
+}
+
+#[test]
 fn the_official_rule_spares_the_first_sink_it_finds() {
     let a = vec![
         vec![1.0, 0.0, 0.0, 0.0],

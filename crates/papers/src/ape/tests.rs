@@ -158,6 +158,13 @@ fn a_low_temperature_finds_the_row_of_the_highest_score() {
         scale: 1.0,
     };
     assert_near(&by_states(&q, &contexts, &others, how), &contexts[0].v[best]);
+    // The weight of all rows together becomes that of the best one, to the power S.
+    for scale in [1.0, 0.6] {
+        let mut group = state(&q, &contexts[0], how.temperature);
+        group.power(scale * how.temperature);
+        let lse = f64::from(group.finish().1[0]);
+        assert!((lse - f64::from(scale) * scores[best]).abs() < 1e-2, "{lse}");
+    }
 }
 
 #[test]

@@ -145,6 +145,20 @@ fn only_the_voters_are_heard() {
 }
 
 #[test]
+fn eviction_costs_the_same_however_large_values_are() {
+    let mut rng = fastrand::Rng::with_seed(3);
+    let mut row = || -> Vec<f64> { (0..32).map(|_| rng.f64() * 2.0 - 1.0).collect() };
+    let (cut, whole) = (row(), row());
+    assert_eq!(reference::error(&whole, &whole), 0.0);
+    let error = reference::error(&cut, &whole);
+    for by in [0.25, 8.0, 1000.0] {
+        let scaled = |x: &[f64]| -> Vec<f64> { x.iter().map(|x| x * by).collect() };
+        let got = reference::error(&scaled(&cut), &scaled(&whole));
+        assert!((got / error - 1.0).abs() < 1e-4, "{got} for {error}");
+    }
+}
+
+#[test]
 fn budgets_are_those_of_the_reference() {
     let mut rng = fastrand::Rng::with_seed(11);
     for _ in 0..300 {

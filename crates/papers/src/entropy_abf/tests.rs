@@ -172,6 +172,52 @@ fn the_smallest_base_brings_the_critical_pair_back_to_its_trained_angle() {
     }
 }
 
+/// Critical pairs and bases of section 3.2 of the specification, and scales of 3.1 and 3.3.
+#[test]
+fn bases_and_scales_are_those_of_the_tables() {
+    // Base, rotated dimensions, window, stretch: critical pair, NTK-aware base, smallest base.
+    let rows = [
+        (1e5, 64, 8192, 2.0, 20.0, 204_522.0, 303_143.0),
+        (1e5, 64, 8192, 4.0, 20.0, 418_294.0, 918_959.0),
+        (1e6, 64, 32_768, 4.0, 20.0, 4.183e6, 9.190e6),
+        (1e6, 256, 32_768, 4.0, 80.0, 4.044e6, 9.190e6),
+        (1e4, 128, 4096, 4.0, 46.0, 40_890.0, 68_810.0),
+    ];
+    for (base, dims, window, s, pair, ntk, smallest) in rows {
+        let mut facts = smollm2();
+        facts.context = window;
+        for layer in &mut facts.layers {
+            (layer.rope_base, layer.rope_dims) = (base as f32, dims);
+        }
+        assert_eq!(critical_pair(base, dims as f64, window as f64), pair);
+        let got = smallest_base(&facts, s);
+        assert!((got / smallest - 1.0).abs() < 2e-4, "{got} for {smallest}");
+        // The NTK-aware table is that of its base.
+        let plain = Freq::Base { base }.apply(base, &vec![0.0; dims / 2]);
+        let table = Freq::Ntk { factor: s }.apply(base, &plain);
+        let of_base = Freq::Base { base: ntk }.apply(base, &plain);
+        let pairs = table.iter().zip(&of_base);
+        assert!(pairs.into_iter().all(|(a, b)| (a / b - 1.0).abs() < 2e-4));
+    }
+    let scale = ScoreScale::LogN { from: 8192 };
+    for (position, want) in [(8192, 1.000_014), (16_383, 1.076_923), (32_767, 1.153_846)] {
+        assert!((scale.at(position) - want).abs() < 1e-6, "at {position}");
+    }
+    // YaRN's factor on queries and keys, squared.
+    for (factor, want) in [(2.0, 1.1434), (4.0, 1.2965)] {
+        let raw = antefix_attention::method::RawChoice::parse(&format!("yarn,factor={factor},always=true"));
+        let knobs = &raw.expect("well written").knobs;
+        let method: &'static dyn Method = &rope_scaling::yarn::Yarn;
+        let chosen = Chosen {
+            method,
+            knobs: Knobs::new(method.card(), knobs).expect("in range"),
+        };
+        let program = Rig::assemble(&smollm2(), &Profiles::default(), &[chosen]).expect("it goes");
+        let scale = program.rotation(10).expect("always").scale(0, 5);
+        assert!((f64::from(scale) - want).abs() < 1e-4, "{factor}: {scale}");
+    }
+}
+
 #[test]
 fn short_requests_keep_the_models_angles_and_long_ones_take_the_smallest_step() {
     let program = installed("entropy_abf,factor=4");

@@ -47,3 +47,18 @@ pub fn attention(q: &[f64], k: &[Vec<f64>], v: &[Vec<f64>], scale: f64, drop: Ra
         .map(|d| terms.iter().map(|(w, v)| w * v[d]).sum::<f64>() / l)
         .collect()
 }
+
+/// Windows of the heads of a model with linear biases instead of rotation (3.3): a head of slope `m` sees `(alpha + ln theta) / m` rows back,
+/// behind which its weights fall below `theta`; `alpha` stands for the bound on its scores. Slopes are `2^(-8 (h + 1) / heads)`, and for a
+/// number of heads that is no power of two those of the next smaller one followed by every second of the doubled series.
+///
+/// None of the models that we run has such biases; it is the paper's other half.
+pub fn linear_bias_windows(heads: usize, theta: f64, alpha: f64) -> Vec<usize> {
+    let series = |n: usize| (1..=n).map(move |h| (-8.0 * h as f64 / n as f64).exp2());
+    let whole = if heads == 0 { 0 } else { 1 << heads.ilog2() };
+    let slopes = series(whole).chain(series(2 * whole).step_by(2));
+    slopes
+        .take(heads)
+        .map(|m| ((alpha + theta.ln()) / m) as usize)
+        .collect()
+}

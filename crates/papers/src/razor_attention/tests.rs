@@ -75,6 +75,23 @@ fn it_keeps_what_its_reference_keeps() {
     }
 }
 
+#[test]
+fn windows_of_linear_biases_are_those_of_the_published_table() {
+    // The beginning and the end of the 32 windows that MindIE-LLM ships.
+    let windows = reference::linear_bias_windows(32, 1e-5, 100.0);
+    assert_eq!((&windows[..4], windows[31]), (&[105, 125, 148, 176][..], 22_652));
+    assert!(windows.is_sorted());
+    // 12 heads: the 8 of a power of two, then every second of 16.
+    let (twelve, eight, sixteen) = (
+        reference::linear_bias_windows(12, 1e-5, 20.0),
+        reference::linear_bias_windows(8, 1e-5, 20.0),
+        reference::linear_bias_windows(16, 1e-5, 20.0),
+    );
+    assert_eq!(twelve[..8], eight);
+    assert_eq!(twelve[8..], [sixteen[0], sixteen[2], sixteen[4], sixteen[6]]);
+    assert!(reference::linear_bias_windows(0, 1e-5, 20.0).is_empty());
+}
+
 /// Random rows of `dim` values.
 fn rows(rng: &mut fastrand::Rng, n: usize, dim: usize) -> Vec<Vec<f64>> {
     (0..n)
