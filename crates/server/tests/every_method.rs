@@ -117,6 +117,11 @@ async fn every_method_is_served_and_leaves_the_cache_exact() {
         assert_eq!(under["usage"]["completion_tokens"], 12, "{name}");
         assert_eq!(bits(&under).as_array().unwrap().len(), 12, "{name}");
 
+        // Planners may find that on so few keys everything is to be read.
+        if card.axis != Axis::Prefill {
+            assert_ne!(bits(&under), bits(&never[2]), "{name} does nothing");
+        }
+
         let after = ask(&app, first, json!({})).await;
         for (got, want) in [(&before, &never[0]), (&after, &never[1])] {
             assert_eq!(bits(got), bits(want), "{name}");
