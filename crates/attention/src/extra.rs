@@ -18,7 +18,7 @@ pub struct Extra<'a> {
     pub hooks: Option<&'a Observer>,
     /// Angles and scales instead of the model's own.
     pub angles: Option<&'a Angles>,
-    /// What chooses the keys that the rows of its prompt read.
+    /// What chooses the keys that its rows read.
     pub planning: Option<&'a Planning>,
 }
 

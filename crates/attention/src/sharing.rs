@@ -46,7 +46,7 @@ impl SeqRows<'_> {
         self.keys().div_ceil(PAGE_ROWS)
     }
 
-    /// What plans these rows, if they are a prompt's and stand behind nothing but their own pages.
+    /// What plans these rows, if they stand behind nothing but their own pages.
     pub(crate) fn planning(&self) -> Option<&Planning> {
         let bare = self.extra.pos_base == 0 && self.extra.context.is_none_or(Context::is_empty);
         self.extra.planning.filter(|p| bare && p.covers(self.keys()))

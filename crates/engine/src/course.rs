@@ -29,7 +29,7 @@ pub struct MethodReport {
     pub kept: f64,
     /// Times that the cache was cut.
     pub edits: usize,
-    /// If a planner chose the keys of the prompt: what it kept.
+    /// If a planner chose the keys that rows read: what it kept.
     pub plan: Option<PlanReport>,
     /// Tokens of the prompt before methods rewrote it.
     pub prompt_before: usize,
@@ -37,11 +37,13 @@ pub struct MethodReport {
     pub documents: Option<Provenance>,
 }
 
-/// What a planner did for the rows of a prompt that were computed, in the layers that it plans.
+/// What planners did for the rows that were computed, in the layers that they plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PlanReport {
-    /// Kept (query, key) pairs over those of dense attention.
-    pub density: f64,
+    /// Kept (query, key) pairs of the prompt over those of dense attention; `None` if it was dense.
+    pub density: Option<f64>,
+    /// The same of drawn tokens.
+    pub decode_density: Option<f64>,
     /// Seconds that planning took.
     pub plan_s: f64,
 }
@@ -95,9 +97,7 @@ impl Course {
         let rotation = program.rotation(job.tokens.len() + job.max_tokens);
         Self {
             angles: rotation.map(|r| model.angles(r)),
-            planning: program
-                .planner()
-                .map(|p| Planning::new(Arc::clone(p), job.tokens.len())),
+            planning: Planning::of(&program, job.tokens.len()),
             program,
             decider,
             decide_at,
@@ -150,15 +150,18 @@ impl Course {
         self.keepable(known)
     }
 
-    /// How many of the first `tokens` tokens are what they are in every prompt that starts with them under the same salt: under a
-    /// planner, whole stretches of the prompt in whole pages, of which none ended where a policy decides.
+    /// How many of the first `tokens` tokens are what they are in every prompt that starts with them under the same salt: drawn ones are
+    /// not under a planner, and of a planned prompt whole stretches in whole pages are, of which none ended where a policy decides.
     pub(crate) fn keepable(&self, tokens: usize) -> usize {
-        match &self.planning {
+        let Some(planning) = &self.planning else {
+            return tokens;
+        };
+        let tokens = tokens.min(self.prompt);
+        match planning.grain() {
             None => tokens,
-            Some(planning) => {
-                let tokens = tokens.min(self.prompt).min(self.decide_at);
+            Some(grain) => {
+                let tokens = tokens.min(self.decide_at);
                 // The least common multiple: a page has a power of two rows.
-                let grain = planning.grain();
                 let unit = grain.saturating_mul((PAGE_ROWS >> grain.trailing_zeros().min(31)).max(1));
                 tokens - tokens % unit
             }
@@ -265,11 +268,10 @@ impl Course {
                 _ => held as f64 / dense as f64,
             },
             edits: self.edits,
-            plan: self.planning.as_ref().and_then(|planning| {
-                Some(PlanReport {
-                    density: planning.density()?,
-                    plan_s: planning.time().as_secs_f64(),
-                })
+            plan: self.planning.as_ref().map(|planning| PlanReport {
+                density: planning.density(),
+                decode_density: planning.decode_density(),
+                plan_s: planning.time().as_secs_f64(),
             }),
             prompt_before: self.prompt_before,
             documents: self.documents.clone(),

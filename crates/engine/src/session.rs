@@ -67,8 +67,7 @@ impl Session {
         }
         self.angles = program.rotation(tokens).map(|r| self.model.angles(r));
         self.hooks = program.observer(tokens, 0).map(Arc::new);
-        let planning = |p| Arc::new(Planning::new(Arc::clone(p), usize::MAX));
-        self.planning = program.planner().map(planning);
+        self.planning = Planning::of(program, usize::MAX).map(Arc::new);
         Ok(())
     }
 

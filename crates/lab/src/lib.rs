@@ -11,6 +11,7 @@ pub mod load;
 pub mod logits;
 pub mod parallel;
 pub mod perplexity;
+pub mod plans;
 pub mod plot;
 pub mod repro;
 pub mod reuse;

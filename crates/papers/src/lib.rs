@@ -28,6 +28,7 @@ pub mod razor_attention;
 pub mod retrieval_heads;
 pub mod rope_scaling;
 pub mod sparse_baselines;
+pub mod tidaldecode;
 // papers: last
 
 /// Everything that a request can choose, in the order of the names. Help texts, `/v1/methods`, the pages under `docs/methods/` and the
@@ -50,12 +51,14 @@ pub const ALL: &[&dyn Method] = &[
     &rope_scaling::parts::NtkByParts,
     &rope_scaling::pi::PositionInterpolation,
     &kv_baselines::pyramidkv::PyramidKv,
+    &sparse_baselines::Quest,
     &sparse_baselines::RandomBlocks,
     &kv_baselines::random::Random,
     &razor_attention::RazorAttention,
     &retrieval_heads::RetrievalHeads,
     &kv_baselines::snapkv::SnapKv,
     &kv_baselines::StreamingLlm,
+    &tidaldecode::TidalDecode,
     &rope_scaling::yarn::Yarn,
     // methods: last
 ];
@@ -96,6 +99,7 @@ pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ("ntk_by_parts", "A baseline of `entropy_abf`."),
     ("position_interpolation", "A baseline of `entropy_abf`."),
     ("pyramidkv", "A baseline of `compresskv`."),
+    ("quest", "A baseline of `tidaldecode`."),
     ("random_blocks", "No paper: a baseline of planners."),
     (
         "random_kv",
@@ -105,6 +109,10 @@ pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     (
         "streaming_llm",
         "A baseline of `compresskv` and `razor_attention`.",
+    ),
+    (
+        "tidaldecode",
+        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
     ),
     ("yarn", "A baseline of `entropy_abf`."),
 ];

@@ -1,9 +1,10 @@
 //! Queries and keys of a prompt, given or random, for tests of planners against their references.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Chosen, Cover, Facts, Knobs, Method, Planner, Profiles, RawChoice, Rig, Unit,
+    Chosen, Cover, DecodePlanner, Facts, Knobs, Method, Planner, Profiles, Program, RawChoice, Rig, Unit,
 };
 use antefix_attention::sparse::{Planned, Planning};
 use antefix_attention::{Extra, Geometry, Scratch, SeqRows, Sharing, attend};
@@ -32,14 +33,14 @@ impl Lcg {
     }
 }
 
-/// One layer of a prompt of `n` tokens.
+/// Layers of a sequence of `n` tokens.
 pub(crate) struct PlanCase {
     pub(crate) geometry: Geometry,
     pub(crate) n: usize,
     pool: Pool,
     seq: SeqKv,
-    q: Vec<f32>,
-    k: Vec<f32>,
+    /// By layer: queries `[n, Hq, D]` and keys `[n, Hk, D]`.
+    layers: Vec<(Vec<f32>, Vec<f32>)>,
 }
 
 /// Heads, KV heads, dimension.
@@ -48,21 +49,22 @@ pub(crate) struct Shape(pub(crate) usize, pub(crate) usize, pub(crate) usize);
 
 impl PlanCase {
     /// Queries `[n, Hq, D]` and keys `[n, Hk, D]`. Heads are filled up with zeros to what the kernels take; the scale stays.
-    pub(crate) fn new(Shape(heads, kv_heads, own): Shape, q: &[f32], k: &[f32]) -> Self {
+    pub(crate) fn new(shape: Shape, q: &[f32], k: &[f32]) -> Self {
+        Self::layered(shape, &[(q.to_vec(), k.to_vec())])
+    }
+
+    /// The same for several layers.
+    pub(crate) fn layered(Shape(heads, kv_heads, own): Shape, layers: &[(Vec<f32>, Vec<f32>)]) -> Self {
         let dim = own.next_multiple_of(16);
         let fill = |x: &[f32]| -> Vec<f32> {
-            let row = |row: &[f32]| {
-                row.iter()
-                    .copied()
-                    .chain(std::iter::repeat_n(0.0, dim - own))
-                    .collect::<Vec<_>>()
-            };
+            let zeros = std::iter::repeat_n(0.0, dim - own);
+            let row = |row: &[f32]| row.iter().copied().chain(zeros.clone()).collect::<Vec<_>>();
             x.chunks_exact(own).flat_map(row).collect()
         };
-        let (q, k) = (fill(q), fill(k));
-        let n = k.len() / (kv_heads * dim);
+        let layers: Vec<(Vec<f32>, Vec<f32>)> = layers.iter().map(|(q, k)| (fill(q), fill(k))).collect();
+        let n = layers[0].1.len() / (kv_heads * dim);
         let shape = KvShape {
-            layers: 1,
+            layers: layers.len(),
             kv_heads,
             dim,
             dtype: KvDtype::F32,
@@ -70,7 +72,9 @@ impl PlanCase {
         let mut pool = Pool::new(shape, 64 << 20);
         let mut seq = SeqKv::new(shape);
         pool.reserve(&mut seq, n).expect("enough memory");
-        pool.write(&seq, 0, 0, &k, &k);
+        for (layer, (_, k)) in layers.iter().enumerate() {
+            pool.write(&seq, layer, 0, k, k);
+        }
         seq.commit(n);
         Self {
             geometry: Geometry {
@@ -84,13 +88,17 @@ impl PlanCase {
             n,
             pool,
             seq,
-            q,
-            k,
+            layers,
         }
     }
 
     /// Random ones that drift, so that neighbours resemble each other; values of about -2 to 2.
     pub(crate) fn random(seed: u64, shape: Shape, n: usize) -> Self {
+        Self::random_layers(seed, shape, n, 1)
+    }
+
+    /// The same for several layers.
+    pub(crate) fn random_layers(seed: u64, shape: Shape, n: usize, layers: usize) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut drift = |heads: usize| {
             let mut at = vec![0.0f32; heads * shape.2];
@@ -101,47 +109,89 @@ impl PlanCase {
             }
             out
         };
-        let (q, k) = (drift(shape.0), drift(shape.1));
-        Self::new(shape, &q, &k)
+        let layers: Vec<_> = (0..layers).map(|_| (drift(shape.0), drift(shape.1))).collect();
+        Self::layered(shape, &layers)
     }
 
-    /// Queries of a head, `[n][D]`.
+    /// Queries of a head of the first layer, `[n][D]`.
     pub(crate) fn queries(&self, head: usize) -> Vec<Vec<f64>> {
-        rows(&self.q, self.geometry.heads, self.geometry.dim, head)
+        self.queries_of(0, head)
     }
 
-    /// Keys of a KV head, `[n][D]`.
+    /// Keys of a KV head of the first layer, `[n][D]`.
     pub(crate) fn keys(&self, head: usize) -> Vec<Vec<f64>> {
-        rows(&self.k, self.geometry.kv_heads, self.geometry.dim, head)
+        self.keys_of(0, head)
     }
 
-    /// The plans of the prompt, computed at once: one a stretch.
+    /// Queries of a head of a layer, `[n][D]`.
+    pub(crate) fn queries_of(&self, layer: usize, head: usize) -> Vec<Vec<f64>> {
+        rows(
+            &self.layers[layer].0,
+            self.geometry.heads,
+            self.geometry.dim,
+            head,
+        )
+    }
+
+    /// Keys of a KV head of a layer, `[n][D]`.
+    pub(crate) fn keys_of(&self, layer: usize, head: usize) -> Vec<Vec<f64>> {
+        rows(
+            &self.layers[layer].1,
+            self.geometry.kv_heads,
+            self.geometry.dim,
+            head,
+        )
+    }
+
+    /// The plans of the first layer of a prompt, computed at once: one a stretch.
     pub(crate) fn plans(&self, planner: &Arc<dyn Planner>) -> Vec<Planned> {
-        let planning = Planning::new(Arc::clone(planner), usize::MAX).recording();
+        let planning = Planning::new(Some(Arc::clone(planner)), None, usize::MAX).recording();
+        self.attend(&planning, 0, 0..self.n);
+        planning.take_plans()
+    }
+
+    /// The plans of all layers of the rows from `prompt` on, which were drawn: by layer within steps of `step` rows.
+    pub(crate) fn decode(
+        &self,
+        planner: &Arc<dyn DecodePlanner>,
+        prompt: usize,
+        step: usize,
+    ) -> Vec<Planned> {
+        let planning = Planning::new(None, Some(Arc::clone(planner)), prompt).recording();
+        for from in (prompt..self.n).step_by(step) {
+            for layer in 0..self.layers.len() {
+                self.attend(&planning, layer, from..(from + step).min(self.n));
+            }
+        }
+        planning.take_plans()
+    }
+
+    fn attend(&self, planning: &Planning, layer: usize, rows: Range<usize>) {
+        let width = self.geometry.heads * self.geometry.dim;
+        let q = &self.layers[layer].0[rows.start * width..rows.end * width];
         let seqs = [SeqRows {
             kv: &self.seq,
             first: 0,
-            rows: self.n,
-            pos0: 0,
+            rows: rows.len(),
+            pos0: rows.start as u32,
             extra: Extra {
-                planning: Some(&planning),
+                planning: Some(planning),
                 ..Extra::default()
             },
         }];
-        let (team, mut out) = (Team::new(2), vec![0.0; self.q.len()]);
+        let (team, mut out) = (Team::new(2), vec![0.0; q.len()]);
         let rope = Rope::new(&[1.0; 4], RopeStyle::Neox);
         attend(
             (Cpu::best(), &team),
             &self.pool,
-            (0, &rope),
+            (layer, &rope),
             &self.geometry,
             (&seqs, &Sharing::of(&seqs)),
-            &self.q,
+            q,
             &mut out,
             &mut Scratch::default(),
         )
         .expect("shapes fit");
-        planning.take_plans()
     }
 
     /// The keys that each row of query head `head` reads under these plans.
@@ -179,13 +229,23 @@ fn rows(x: &[f32], heads: usize, dim: usize, head: usize) -> Vec<Vec<f64>> {
 
 /// The planner of a method with these settings on the example model.
 pub(crate) fn planner(method: &'static dyn Method, settings: &str) -> Arc<dyn Planner> {
+    let program = program(method, settings);
+    Arc::clone(program.planner().expect("it plans"))
+}
+
+/// The same for drawn tokens.
+pub(crate) fn decode_planner(method: &'static dyn Method, settings: &str) -> Arc<dyn DecodePlanner> {
+    let program = program(method, settings);
+    Arc::clone(program.decode_planner().expect("it plans"))
+}
+
+fn program(method: &'static dyn Method, settings: &str) -> Program {
     let raw = RawChoice::parse(&format!("{},{settings}", method.card().name)).expect("well written");
     let knobs = Knobs::new(method.card(), &raw.knobs).expect("in range");
-    let program = Rig::assemble(
+    Rig::assemble(
         &Facts::example(),
         &Profiles::default(),
         &[Chosen { method, knobs }],
-    );
-    let program = program.expect("it goes");
-    Arc::clone(program.planner().expect("it plans"))
+    )
+    .expect("it goes")
 }

@@ -165,7 +165,11 @@ pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
             "prompt_tokens_before": r.prompt_before,
         });
         if let Some(plan) = &r.plan {
-            body["antefix"]["density"] = json!(plan.density);
+            for (name, density) in [("density", plan.density), ("decode_density", plan.decode_density)] {
+                if let Some(density) = density {
+                    body["antefix"][name] = json!(density);
+                }
+            }
             body["antefix"]["plan_s"] = json!(plan.plan_s);
         }
         if let Some(d) = &r.documents {

@@ -7,7 +7,7 @@ use twox_hash::XxHash3_64;
 use super::card::Axis;
 use super::hook::HookMaker;
 use super::knobs::Knobs;
-use super::planner::Planner;
+use super::planner::{DecodePlanner, Planner};
 use super::policy::CachePolicy;
 use super::prompt::{Prompt, PromptPass, Words};
 use super::rotation::{Rotation, Stretch};
@@ -22,6 +22,7 @@ pub struct Program {
     pub(super) prompt: Vec<Arc<dyn PromptPass>>,
     pub(super) stretch: Stretch,
     pub(super) planner: Option<Arc<dyn Planner>>,
+    pub(super) decode_planner: Option<Arc<dyn DecodePlanner>>,
     pub(super) policy: Option<Arc<dyn CachePolicy>>,
     pub(super) chunks: Option<Arc<dyn ChunkUse>>,
     pub(super) plan: Option<Arc<HookPlan>>,
@@ -69,10 +70,11 @@ impl Program {
         }
     }
 
-    /// Whether it only changes angles, activations and which keys are read, so that a text can be computed as it is and scored token by token: no prompt
+    /// Whether it only changes angles, activations and which keys given tokens read, so that a text can be computed as it is and scored token by token: no prompt
     /// is rewritten, no cache cut, no document computed apart from what stands before it.
     pub fn scores_texts(&self) -> bool {
-        self.prompt.is_empty() && self.policy.is_none() && self.chunks.is_none()
+        let drawn = self.decode_planner.is_some();
+        self.prompt.is_empty() && self.policy.is_none() && self.chunks.is_none() && !drawn
     }
 
     /// What is computed instead of `prompt`.
@@ -93,6 +95,11 @@ impl Program {
     /// What chooses the keys that the rows of a prompt read.
     pub fn planner(&self) -> Option<&Arc<dyn Planner>> {
         self.planner.as_ref()
+    }
+
+    /// What chooses the keys that drawn tokens read.
+    pub fn decode_planner(&self) -> Option<&Arc<dyn DecodePlanner>> {
+        self.decode_planner.as_ref()
     }
 
     /// The salt under which pages of a prompt may be shared: what a planner has touched only with those that it would touch the same

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::choice::Chosen;
 use super::facts::Facts;
 use super::hook::HookMaker;
-use super::planner::Planner;
+use super::planner::{DecodePlanner, Planner};
 use super::policy::CachePolicy;
 use super::program::Program;
 use super::prompt::PromptPass;
@@ -121,6 +121,7 @@ pub struct Rig<'m> {
     prompt: Vec<Hung<Arc<dyn PromptPass>>>,
     stretch: Option<Hung<Stretch>>,
     planner: Option<Hung<Arc<dyn Planner>>>,
+    decode_planner: Option<Hung<Arc<dyn DecodePlanner>>>,
     policy: Option<Hung<Arc<dyn CachePolicy>>>,
     chunks: Option<Hung<Arc<dyn ChunkUse>>>,
     plan: Option<Hung<Arc<HookPlan>>>,
@@ -135,6 +136,7 @@ impl fmt::Debug for Rig<'_> {
             .map(|h| h.owner)
             .chain(self.stretch.iter().map(|h| h.owner))
             .chain(self.planner.iter().map(|h| h.owner))
+            .chain(self.decode_planner.iter().map(|h| h.owner))
             .chain(self.policy.iter().map(|h| h.owner))
             .chain(self.chunks.iter().map(|h| h.owner))
             .chain(self.plan.iter().map(|h| h.owner))
@@ -175,6 +177,7 @@ impl<'m> Rig<'m> {
             prompt: Vec::new(),
             stretch: None,
             planner: None,
+            decode_planner: None,
             policy: None,
             chunks: None,
             plan: None,
@@ -225,6 +228,7 @@ impl<'m> Rig<'m> {
             prompt: self.prompt.into_iter().map(|h| h.part).collect(),
             stretch: self.stretch.map(|h| h.part).unwrap_or_default(),
             planner: self.planner.map(|h| h.part),
+            decode_planner: self.decode_planner.map(|h| h.part),
             policy: self.policy.map(|h| h.part),
             chunks: self.chunks.map(|h| h.part),
             // Code hangs on an empty plan where there is none.
@@ -310,6 +314,19 @@ impl<'m> Rig<'m> {
             &mut self.planner,
             self.installing,
             "choose the keys that a prompt reads",
+            planner,
+        )
+    }
+
+    /// Chooses the keys that drawn tokens read.
+    ///
+    /// # Errors
+    /// When another method does.
+    pub fn set_decode_planner(&mut self, planner: Arc<dyn DecodePlanner>) -> Result<(), RigError> {
+        hang(
+            &mut self.decode_planner,
+            self.installing,
+            "choose the keys that drawn tokens read",
             planner,
         )
     }

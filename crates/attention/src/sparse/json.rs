@@ -47,6 +47,8 @@ struct Text {
     unit: Kind,
     #[serde(default)]
     density: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    recall: Option<f64>,
     units: Vec<UnitText>,
 }
 
@@ -103,6 +105,7 @@ pub fn print(planned: &Planned) -> String {
             Unit::KvGroup => Kind::KvGroup,
         },
         density: plan.density(queries.clone()),
+        recall: planned.recall,
         units: plan.units.iter().enumerate().map(unit).collect(),
     };
     serde_json::to_string(&text).expect("plain data")
@@ -148,6 +151,7 @@ pub fn parse(text: &str) -> Result<Planned, PlanTextError> {
         layer: text.layer,
         queries: start..end,
         plan,
+        recall: text.recall,
     })
 }
 

@@ -1,10 +1,11 @@
-//! Sparse attention: plans are made layer by layer while a prompt runs, and executed over its pages.
+//! Sparse attention: plans are made layer by layer while a sequence runs, and executed over its pages.
 //!
-//! A [`Planning`] follows one sequence: its planner, what the planner has summed up of the keys, and the figures that are reported.
+//! A [`Planning`] follows one sequence: its planners, what they have summed up of the keys, and the figures that are reported.
 //! [`reference()`] is the execution as the definition writes it; [`attend`](crate::attend()) executes plans with the kernels.
 
 mod execute;
 pub mod json;
+mod picture;
 mod planning;
 mod reference;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod tests;
 mod view;
 
 pub(crate) use execute::{Scratch, pieces};
+pub use picture::picture;
 pub use planning::{Planned, Planning};
 pub(crate) use planning::{Stretch, stretches};
 pub use reference::reference;

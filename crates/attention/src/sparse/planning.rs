@@ -11,25 +11,55 @@ use antefix_state::plan::Plan;
 
 use super::view::{PlanView, Summaries};
 use crate::attend::{Geometry, lock};
-use crate::method::Planner;
+use crate::method::{DecodePlanner, DecodeSteps, Planner, Program};
 use crate::readout::AttentionView;
 use crate::sharing::SeqRows;
 
-/// A sequence whose prompt is attended by plans.
+/// A sequence that is attended by plans.
 #[derive(Debug)]
 pub struct Planning {
-    planner: Arc<dyn Planner>,
-    /// Tokens from here on were drawn, and are attended densely.
+    /// For the rows of its prompt; `None`: they are dense.
+    planner: Option<Arc<dyn Planner>>,
+    /// For drawn rows; `None`: they are dense.
+    decode: Option<(Arc<dyn DecodePlanner>, Mutex<Box<dyn DecodeSteps>>)>,
+    /// Tokens from here on were drawn.
     prompt: usize,
     summaries: Summaries,
+    given: Tally,
+    drawn: Tally,
+    nanos: AtomicU64,
+    record: Option<Record>,
+}
+
+/// What is kept of the plans for whoever wants to see them.
+#[derive(Debug, Default)]
+struct Record {
+    plans: Mutex<Vec<Planned>>,
+    /// Rows of a stretch whose recall is measured, while attention stays dense; `None`: plans are executed, and nothing is measured.
+    watched: Option<usize>,
+}
+
+/// Pairs of queries and keys that plans kept, and that there were.
+#[derive(Debug, Default)]
+struct Tally {
     kept: AtomicU64,
     all: AtomicU64,
-    nanos: AtomicU64,
-    record: Option<Mutex<Vec<Planned>>>,
+}
+
+impl Tally {
+    fn add(&self, (kept, all): (u64, u64)) {
+        self.kept.fetch_add(kept, Ordering::Relaxed);
+        self.all.fetch_add(all, Ordering::Relaxed);
+    }
+
+    fn density(&self) -> Option<f64> {
+        let all = self.all.load(Ordering::Relaxed);
+        (all > 0).then(|| self.kept.load(Ordering::Relaxed) as f64 / all as f64)
+    }
 }
 
 /// A plan that was made.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Planned {
     /// Its layer.
     pub layer: usize,
@@ -37,6 +67,8 @@ pub struct Planned {
     pub queries: Range<u32>,
     /// The plan.
     pub plan: Plan,
+    /// Mean share of the weights of dense attention that the kept keys have, over heads and some rows, if it was measured.
+    pub recall: Option<f64>,
 }
 
 /// Rows of a sequence in a step, and their plan in one layer.
@@ -48,44 +80,77 @@ pub(crate) struct Stretch {
 
 impl Planning {
     /// The planning of a sequence whose first `prompt` tokens are its prompt.
-    pub fn new(planner: Arc<dyn Planner>, prompt: usize) -> Self {
+    pub fn new(
+        planner: Option<Arc<dyn Planner>>,
+        decode: Option<Arc<dyn DecodePlanner>>,
+        prompt: usize,
+    ) -> Self {
+        let begin = |planner: Arc<dyn DecodePlanner>| {
+            let steps = planner.start();
+            (planner, Mutex::new(steps))
+        };
         Self {
             planner,
+            decode: decode.map(begin),
             prompt,
             summaries: Summaries::default(),
-            kept: AtomicU64::new(0),
-            all: AtomicU64::new(0),
+            given: Tally::default(),
+            drawn: Tally::default(),
             nanos: AtomicU64::new(0),
             record: None,
         }
     }
 
+    /// The planning that `program` asks for; `None` if it leaves all rows dense.
+    pub fn of(program: &Program, prompt: usize) -> Option<Self> {
+        let (planner, decode) = (program.planner().cloned(), program.decode_planner().cloned());
+        (planner.is_some() || decode.is_some()).then(|| Self::new(planner, decode, prompt))
+    }
+
     /// The same, keeping every plan for [`Planning::take_plans`].
     #[must_use]
     pub fn recording(mut self) -> Self {
-        self.record = Some(Mutex::default());
+        self.record = Some(Record::default());
         self
     }
 
-    /// Rows that are planned together.
-    pub fn grain(&self) -> usize {
-        self.planner.grain().get()
+    /// The same, but attention stays dense, and the recall of each plan is measured on `rows` rows of its stretch.
+    #[must_use]
+    pub fn watching(mut self, rows: usize) -> Self {
+        self.record = Some(Record {
+            watched: Some(rows),
+            ..Record::default()
+        });
+        self
     }
 
-    /// How many rows behind position `at` a step computes that was meant to compute `rows` of `left`: whole stretches.
+    /// Rows of the prompt that are planned together; `None` if they are dense.
+    pub fn grain(&self) -> Option<usize> {
+        Some(self.planner.as_ref()?.grain().get())
+    }
+
+    /// How many rows of the prompt behind its first `at` a step computes that was meant to compute `rows` of `left`: whole stretches.
     pub fn whole(&self, at: usize, rows: usize, left: usize) -> usize {
-        ((at + rows).next_multiple_of(self.grain()) - at).min(left)
+        let grain = self.grain().unwrap_or(1);
+        ((at + rows).next_multiple_of(grain) - at).min(left)
     }
 
     /// Whether the rows of a step that end at `end` are planned.
     pub(crate) fn covers(&self, end: usize) -> bool {
-        end <= self.prompt
+        match end <= self.prompt {
+            true => self.planner.is_some(),
+            false => self.decode.is_some(),
+        }
     }
 
-    /// Kept (query, key) pairs over causal ones, in the layers that were planned; `None` if nothing was yet.
+    /// Kept (query, key) pairs of the prompt over causal ones, in the layers that were planned; `None` if nothing was.
     pub fn density(&self) -> Option<f64> {
-        let all = self.all.load(Ordering::Relaxed);
-        (all > 0).then(|| self.kept.load(Ordering::Relaxed) as f64 / all as f64)
+        self.given.density()
+    }
+
+    /// The same of drawn tokens.
+    pub fn decode_density(&self) -> Option<f64> {
+        self.drawn.density()
     }
 
     /// Time that the planner took.
@@ -97,14 +162,16 @@ impl Planning {
     pub fn take_plans(&self) -> Vec<Planned> {
         self.record
             .as_ref()
-            .map_or_else(Vec::new, |r| std::mem::take(&mut *lock(r)))
+            .map_or_else(Vec::new, |r| std::mem::take(&mut *lock(&r.plans)))
     }
 
     /// Forgets what was planned and summed up: the sequence begins again.
     pub fn restart(&mut self) {
         self.summaries = Summaries::default();
-        for figure in [&self.kept, &self.all, &self.nanos] {
-            figure.store(0, Ordering::Relaxed);
+        (self.given, self.drawn) = (Tally::default(), Tally::default());
+        self.nanos = AtomicU64::new(0);
+        if let Some((planner, steps)) = &self.decode {
+            *lock(steps) = planner.start();
         }
         self.take_plans();
     }
@@ -118,26 +185,36 @@ impl Planning {
         let queries = rows.pos0..rows.pos0 + rows.rows() as u32;
         let (layer, geometry) = (rows.layer, rows.geometry);
         let started = Instant::now();
-        let plan = self.planner.plan(&PlanView {
+        let view = PlanView {
             rows,
             summaries: &self.summaries,
-        });
+        };
+        let (plan, tally) = match (&self.planner, &self.decode) {
+            (Some(planner), _) if queries.end as usize <= self.prompt => (planner.plan(&view), &self.given),
+            (_, Some((_, steps))) => (lock(steps).plan(&view), &self.drawn),
+            _ => unreachable!("rows that nobody plans are not asked for"),
+        };
         self.nanos
             .fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
         plan.fits(geometry.heads, geometry.kv_heads)
             .and_then(|()| plan.validate(queries.clone()))
             .expect("planners return valid plans");
-        let (kept, all) = plan.pairs(queries.clone());
-        self.kept.fetch_add(kept, Ordering::Relaxed);
-        self.all.fetch_add(all, Ordering::Relaxed);
+        tally.add(plan.pairs(queries.clone()));
         if let Some(record) = &self.record {
-            lock(record).push(Planned {
+            let recall = record.watched.map(|rows| view.recall(&plan, rows));
+            lock(&record.plans).push(Planned {
                 layer,
                 queries,
                 plan: plan.clone(),
+                recall,
             });
         }
         plan
+    }
+
+    /// Whether plans are only looked at.
+    fn only_watches(&self) -> bool {
+        self.record.as_ref().is_some_and(|r| r.watched.is_some())
     }
 }
 
@@ -158,7 +235,10 @@ pub(crate) fn stretches(
         };
         while from < s.rows {
             let at = s.pos0 as usize + from;
-            let to = from + planning.whole(at, 1, s.rows - from);
+            // Drawn rows are planned all at once: what each reads is its own matter.
+            let drawn = s.keys() > planning.prompt;
+            let rows = if drawn { s.rows } else { 1 };
+            let to = from + planning.whole(at, rows, s.rows - from);
             let plan = planning.plan(AttentionView {
                 run,
                 pool,
@@ -170,10 +250,12 @@ pub(crate) fn stretches(
                 pos0: at as u32,
                 exact: true,
             });
-            out.push(Stretch {
-                tokens: from..to,
-                plan,
-            });
+            if !planning.only_watches() {
+                out.push(Stretch {
+                    tokens: from..to,
+                    plan,
+                });
+            }
             from = to;
         }
         out

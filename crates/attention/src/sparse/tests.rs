@@ -1,6 +1,7 @@
 //! Plans on random sequences: executed, printed, counted.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_kernels::cpu::Cpu;
@@ -166,7 +167,7 @@ impl Case {
 }
 
 fn planning(lots: Lots) -> Planning {
-    Planning::new(Arc::new(lots), usize::MAX).recording()
+    Planning::new(Some(Arc::new(lots)), None, usize::MAX).recording()
 }
 
 #[test]
@@ -274,7 +275,7 @@ fn a_full_cover_in_segments_is_dense_bit_for_bit() {
     for cpu in Cpu::available() {
         for (dtype, n) in [(KvDtype::F32, 333), (KvDtype::Bf16, 1100)] {
             let case = Case::new((14, 2, 64), dtype, n);
-            let planning = Planning::new(Arc::new(Full), usize::MAX);
+            let planning = Planning::new(Some(Arc::new(Full)), None, usize::MAX);
             let (dense, sparse) = (
                 case.run(cpu, None, (0, n)),
                 case.run(cpu, Some(&planning), (0, n)),
@@ -321,7 +322,7 @@ fn drawn_rows_are_dense() {
         keep: 1,
         run: 1,
     };
-    let planning = Planning::new(Arc::new(lots), 160);
+    let planning = Planning::new(Some(Arc::new(lots)), None, 160);
     let dense = case.run(Cpu::best(), None, (160, 200));
     assert!(case.run(Cpu::best(), Some(&planning), (160, 200)) == dense);
     assert_eq!(planning.density(), None);
@@ -393,4 +394,64 @@ fn means_of_keys_are_those_of_the_pages_whenever_they_are_asked() {
             }
         }
     }
+}
+
+#[test]
+fn watching_changes_no_bit_and_measures_the_kept_weights() {
+    let case = Case::new((4, 2, 32), KvDtype::F32, 200);
+    let lots = |keep| Lots {
+        grain: 100,
+        block: 32,
+        unit: Unit::KvGroup,
+        keep,
+        run: 1,
+    };
+    let watch = |keep| Planning::new(Some(Arc::new(lots(keep))), None, usize::MAX).watching(3);
+    let (some, all) = (watch(10), watch(64));
+    let dense = case.run(Cpu::best(), None, (0, 200));
+    for planning in [&some, &all] {
+        assert!(case.run(Cpu::best(), Some(planning), (0, 200)) == dense);
+    }
+    assert!(all.take_plans().iter().all(|p| p.recall == Some(1.0)));
+    let team = Team::new(1);
+    let view = case.view(Cpu::best(), &team);
+    for planned in some.take_plans() {
+        let Range { start, end } = planned.queries;
+        let rows: Vec<usize> = (1..=3)
+            .map(|i| (start + i * (end - start) / 3 - 1) as usize)
+            .collect();
+        let (mut kept, mut count) = (0.0, 0);
+        for head in 0..4 {
+            let Cover::Sparse(cover) = &planned.plan.units[head / 2] else {
+                panic!("sparse");
+            };
+            view.each_row(head, &rows, &mut |row, weights| {
+                let keys = cover.keys(row / 32 - cover.first_block as usize);
+                kept += keys.iter().map(|&k| f64::from(weights.at(k))).sum::<f64>();
+                count += 1;
+            });
+        }
+        let want = kept / f64::from(count);
+        assert!(
+            want < 0.9 && (planned.recall.unwrap() - want).abs() < 1e-5,
+            "{:?} {want}",
+            planned.recall
+        );
+    }
+}
+
+#[test]
+fn a_picture_shows_what_is_read() {
+    let planned = Planned {
+        layer: 2,
+        queries: 0..64,
+        plan: Plan {
+            unit: Unit::KvGroup,
+            scope: Scope::Causal,
+            units: vec![Cover::a_shape(16, 0..64, 4, 16); 2],
+        },
+        recall: None,
+    };
+    assert_eq!(picture(&[planned], 2, 3, 2), "/\n#/\n:#/\n:.#/\n");
+    assert_eq!(picture(&[], 2, 3, 2), "");
 }

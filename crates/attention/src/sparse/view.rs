@@ -2,24 +2,40 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use antefix_kernels::attend::{Page, normalise, scores_rows};
 use antefix_state::PAGE_ROWS;
-use antefix_state::plan::{Plan, Scope, Unit};
+use antefix_state::plan::{Cover, Plan, Scope, Unit};
 
 use crate::attend::lock;
 use crate::readout::AttentionView;
 
-/// Means of the keys of full pages, one vector a page, by layer and KV head.
+/// What one layer and KV head says of its full pages: a vector of `D` values a page, or several.
+type Pages = Arc<Mutex<Vec<Vec<f32>>>>;
+
+/// What there is to say of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Summary {
+    /// Mean of its keys, `[D]`.
+    Mean,
+    /// Least and largest value of each dimension, `[2, D]`.
+    Bounds,
+}
+
+/// Summaries of full pages, made once: pages do not change once they are full.
 #[derive(Debug, Default)]
-pub(super) struct Summaries(Mutex<HashMap<(usize, usize), Vec<Vec<f32>>>>);
+pub(super) struct Summaries(Mutex<HashMap<(Summary, usize, usize), Pages>>);
 
 impl Summaries {
     pub(super) fn truncate(&self, len: usize) {
-        lock(&self.0)
-            .values_mut()
-            .for_each(|pages| pages.truncate(len / PAGE_ROWS));
+        for pages in lock(&self.0).values() {
+            lock(pages).truncate(len / PAGE_ROWS);
+        }
+    }
+
+    fn of(&self, what: Summary, layer: usize, kv_head: usize) -> Pages {
+        Arc::clone(lock(&self.0).entry((what, layer, kv_head)).or_default())
     }
 }
 
@@ -48,7 +64,7 @@ impl PlanView<'_> {
     }
 
     /// A causal plan out of one cover a KV head, or a query head, made in parallel.
-    pub fn plan(&self, unit: Unit, cover: impl Fn(usize) -> antefix_state::plan::Cover + Sync) -> Plan {
+    pub fn plan(&self, unit: Unit, cover: impl Fn(usize) -> Cover + Sync) -> Plan {
         let units = match unit {
             Unit::QueryHead => self.rows.geometry.heads,
             Unit::KvGroup => self.rows.geometry.kv_heads,
@@ -114,14 +130,77 @@ impl PlanView<'_> {
         }
     }
 
-    /// Attention weights of the rows `rows` of query head `head` over all keys up to each: `[rows][last position + 1]`, zeros behind
-    /// the query.
-    pub fn weights(&self, head: usize, rows: Range<usize>) -> Vec<Vec<f32>> {
+    /// Attention weights of the rows `rows` of query head `head`: calls `f` with each row and its weights over all keys up to itself.
+    pub fn weights(&self, head: usize, rows: Range<usize>, mut f: impl FnMut(usize, &[f32])) {
         let (n, pos0) = (self.queries().end as usize, self.rows.pos0 as usize);
-        let q: Vec<f32> = rows.clone().flat_map(|row| self.query(row, head)).collect();
-        let mut weights = vec![vec![0.0; n]; rows.len()];
+        // Rows that are scored together, and whose weights stay in L2.
+        const TOGETHER: usize = 8;
+        let mut weights = vec![0.0; TOGETHER * n];
+        for from in rows.clone().step_by(TOGETHER) {
+            let some = from..(from + TOGETHER).min(rows.end);
+            let q: Vec<f32> = some.clone().flat_map(|row| self.query(row, head)).collect();
+            self.scores(
+                head / self.group(),
+                &q,
+                0..n.div_ceil(PAGE_ROWS),
+                |page, scores| {
+                    let at = page * PAGE_ROWS;
+                    let end = (at + PAGE_ROWS).min(n);
+                    for (to, from) in weights.chunks_exact_mut(n).zip(scores) {
+                        to[at..end].copy_from_slice(&from[..end - at]);
+                    }
+                },
+            );
+            for (row, weights) in some.zip(weights.chunks_exact_mut(n)) {
+                let seen = &mut weights[..pos0 + row + 1];
+                if let Some(cap) = self.rows.geometry.softcap {
+                    antefix_kernels::ops::softcap(seen, cap);
+                }
+                normalise(self.rows.run.0, seen);
+                f(row, seen);
+            }
+        }
+    }
+
+    /// Mean share of the weights of dense attention that `plan` keeps, over all heads and `count` rows, the last among them.
+    pub(super) fn recall(&self, plan: &Plan, count: usize) -> f64 {
+        let rows = self.rows.rows();
+        let count = count.clamp(1, rows);
+        let sample: Vec<usize> = (1..=count).map(|i| i * rows / count - 1).collect();
+        let kept = |head: usize| -> f64 {
+            let cover = match plan.unit {
+                Unit::QueryHead => &plan.units[head],
+                Unit::KvGroup => &plan.units[head / self.group()],
+            };
+            let Cover::Sparse(planned) = cover else {
+                return count as f64;
+            };
+            let mut sum = 0.0;
+            for &row in &sample {
+                self.weights(head, row..row + 1, |_, weights| {
+                    let pos = self.queries().start + row as u32;
+                    let block = (pos / planned.block - planned.first_block) as usize;
+                    for (start, end) in planned.runs(block) {
+                        let run = start as usize..(end as usize).min(weights.len());
+                        let kept = weights.get(run).into_iter().flatten();
+                        sum += kept.map(|&w| f64::from(w)).sum::<f64>();
+                    }
+                });
+            }
+            sum
+        };
+        let heads = self.rows.geometry.heads;
+        let kept = self.each(heads, kept);
+        kept.iter().sum::<f64>() / (heads * count) as f64
+    }
+
+    /// Logarithms of the attention weights of row `row` of `heads`, which share a KV head, over all keys up to itself: `[heads][keys]`.
+    pub fn log_weights(&self, heads: Range<usize>, row: usize) -> Vec<Vec<f32>> {
+        let n = self.rows.pos0 as usize + row + 1;
+        let q: Vec<f32> = heads.clone().flat_map(|head| self.query(row, head)).collect();
+        let mut weights = vec![vec![0.0; n]; heads.len()];
         self.scores(
-            head / self.group(),
+            heads.start / self.group(),
             &q,
             0..n.div_ceil(PAGE_ROWS),
             |page, scores| {
@@ -132,13 +211,14 @@ impl PlanView<'_> {
                 }
             },
         );
-        for (row, weights) in rows.zip(&mut weights) {
-            let (seen, hidden) = weights.split_at_mut(pos0 + row + 1);
+        let mut sum = Vec::with_capacity(n);
+        for scores in &mut weights {
             if let Some(cap) = self.rows.geometry.softcap {
-                antefix_kernels::ops::softcap(seen, cap);
+                antefix_kernels::ops::softcap(scores, cap);
             }
-            normalise(self.rows.run.0, seen);
-            hidden.fill(0.0);
+            sum.clone_from(scores);
+            let (lse, _) = normalise(self.rows.run.0, &mut sum);
+            scores.iter_mut().for_each(|s| *s -= lse);
         }
         weights
     }
@@ -155,9 +235,8 @@ impl PlanView<'_> {
         );
         let (n, dim) = (self.queries().end as usize, self.rows.geometry.dim);
         let full = n / PAGE_ROWS;
-        let key = (self.rows.layer, kv_head);
-        // Pages do not change once they are full: each is summed up once.
-        let mut pages = lock(&self.summaries.0).remove(&key).unwrap_or_default();
+        let pages = self.summaries.of(Summary::Mean, self.rows.layer, kv_head);
+        let mut pages = lock(&pages);
         for page in pages.len()..full {
             pages.push(mean(&self.page(kv_head, page), dim, PAGE_ROWS));
         }
@@ -180,8 +259,29 @@ impl PlanView<'_> {
             let rows = (n - b * block).min(block) as f32;
             out.iter_mut().for_each(|o| *o /= rows);
         }
-        lock(&self.summaries.0).insert(key, pages);
         means
+    }
+
+    /// Calls `f` with each of the first `pages` pages of `kv_head`, which are full, and the least and the largest value of each dimension
+    /// of its keys: `[2, D]`.
+    pub fn bounds(&self, kv_head: usize, pages: usize, mut f: impl FnMut(usize, &[f32])) {
+        let dim = self.rows.geometry.dim;
+        let known = self.summaries.of(Summary::Bounds, self.rows.layer, kv_head);
+        let mut known = lock(&known);
+        for page in known.len()..pages {
+            let page = self.page(kv_head, page);
+            let ends = |pick: fn(f32, f32) -> f32| {
+                let one = move |d: usize| {
+                    (1..PAGE_ROWS).fold(page.key(dim, 0, d), |x, row| pick(x, page.key(dim, row, d)))
+                };
+                (0..dim).map(one)
+            };
+            known.push(ends(f32::min).chain(ends(f32::max)).collect());
+        }
+        known[..pages]
+            .iter()
+            .enumerate()
+            .for_each(|(page, bounds)| f(page, bounds));
     }
 }
 

@@ -1,10 +1,17 @@
-//! `antefix explain`: what would run.
+//! `antefix explain`: what would run; with `--plan`, what a sparse method would read of a text.
 
+use std::path::{Path, PathBuf};
+
+use antefix_attention::sparse::{Planned, json as plan_json, picture};
 use antefix_kv::Pool;
+use antefix_lab::plans::{PlansError, plans};
+use antefix_models::tokenizer::Specials;
+use anyhow::anyhow;
 use serde_json::json;
 
 use super::{json_line, line};
 use crate::failure::Failure;
+use crate::method::MethodArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 #[derive(clap::Args)]
@@ -13,12 +20,91 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    method: MethodArgs,
+    /// The plans that the method makes of FILE: density and recall by layer, or with --json one plan a layer and stretch
+    #[arg(long, requires = "file")]
+    plan: bool,
+    /// With --plan: a picture of what this query head reads, LAYER.HEAD
+    #[arg(long, value_name = "LAYER.HEAD", requires = "plan")]
+    picture: Option<String>,
+    /// With --plan: rows of each stretch on which recall is measured
+    #[arg(long, default_value_t = 2)]
+    recall_rows: usize,
     /// JSON
     #[arg(long)]
     json: bool,
+    /// The text to plan
+    #[arg(requires = "plan")]
+    file: Option<PathBuf>,
+}
+
+/// The plans of a text.
+fn show_plans(args: &Args, file: &Path) -> Result<(), Failure> {
+    let text = super::read(file)?;
+    let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
+    let Some(program) = args.method.program(&model)? else {
+        return Err(Failure::Input(anyhow!(
+            "`--plan` needs a method\nhint: --method flexprefill"
+        )));
+    };
+    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+    let tokens: Vec<u32> = bos
+        .into_iter()
+        .chain(tokenizer.encode_bytes(&text, Specials::Plain))
+        .collect();
+    let context = program.context(model.spec().context);
+    if tokens.len() > context {
+        return Err(Failure::Input(anyhow!(
+            "the text has {} tokens, the context of the model holds {context}\nhint: shorten it",
+            tokens.len()
+        )));
+    }
+    let (heads, layers) = (model.spec().heads, model.spec().layers);
+    let at = args.picture.as_deref().map(|text| {
+        let (layer, head) = text.split_once('.')?;
+        let (layer, head) = (layer.parse().ok()?, head.parse().ok()?);
+        (layer < layers && head < heads).then_some((layer, head))
+    });
+    if at == Some(None) {
+        return Err(Failure::Input(anyhow!(
+            "`--picture` is LAYER.HEAD, the layer below {layers}, the head below {heads}"
+        )));
+    }
+    let plans = plans(&model, &program, &tokens, args.recall_rows.max(1)).map_err(|e| match e {
+        PlansError::Engine(_) => Failure::other(e),
+        _ => Failure::input(e),
+    })?;
+    if args.json {
+        return plans
+            .iter()
+            .try_for_each(|planned| line(format_args!("{}", plan_json::print(planned))));
+    }
+    if let Some((layer, head)) = at.flatten() {
+        let group = heads / model.spec().kv_heads;
+        return line(format_args!("{}", picture(&plans, layer, head, group).trim_end()));
+    }
+    line(format_args!("layer  density  recall  ({} tokens)", tokens.len()))?;
+    for of_layer in plans.chunk_by(|a, b| a.layer == b.layer) {
+        let pairs = |p: &Planned| p.plan.pairs(p.queries.clone());
+        let (kept, all) = of_layer
+            .iter()
+            .map(pairs)
+            .fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        let recall: f64 = of_layer.iter().filter_map(|p| p.recall).sum::<f64>() / of_layer.len() as f64;
+        line(format_args!(
+            "{:5}  {:7.3}  {recall:6.3}",
+            of_layer[0].layer,
+            kept as f64 / all as f64
+        ))?;
+    }
+    Ok(())
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    if let (true, Some(file)) = (args.plan, &args.file) {
+        return show_plans(args, file);
+    }
     let start = std::time::Instant::now();
     let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
     let load_s = start.elapsed().as_secs_f64();

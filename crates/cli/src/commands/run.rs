@@ -182,9 +182,15 @@ fn described(report: &MethodReport) -> String {
         );
     }
     let read = report.plan.map_or_else(String::new, |plan| {
+        let part = |who: &str, density: Option<f64>| {
+            density.map_or_else(String::new, |d| {
+                format!("; {who} read {:.1} % of the pairs", d * 100.0)
+            })
+        };
         format!(
-            "; the prompt read {:.1} % of the pairs, planned in {:.2} s",
-            plan.density * 100.0,
+            "{}{}; planned in {:.2} s",
+            part("the prompt", plan.density),
+            part("the answer", plan.decode_density),
             plan.plan_s
         )
     });

@@ -66,7 +66,78 @@ pub fn normalise(cpu: Cpu, row: &mut [f32]) -> (f32, f32) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 fn scores_avx512(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
-    scores_body(dim, q, page, out);
+    let (mut q, mut out) = (q, out);
+    // Eight rows are sixteen chains with both halves: enough to keep the multipliers busy, and they fit the registers.
+    while out.len() >= 8 {
+        abreast_avx512::<8>(dim, &q[..8 * dim], page, &mut out[..8]);
+        (q, out) = (&q[8 * dim..], &mut out[8..]);
+    }
+    if out.len() >= 4 {
+        abreast_avx512::<4>(dim, &q[..4 * dim], page, &mut out[..4]);
+        (q, out) = (&q[4 * dim..], &mut out[4..]);
+    }
+    for (q, out) in q.chunks_exact(dim).zip(out.chunks_mut(1)) {
+        abreast_avx512::<1>(dim, q, page, out);
+    }
+}
+
+/// `N` rows against both halves of a page.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn abreast_avx512<const N: usize>(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
+    use std::arch::x86_64::{
+        _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    };
+    assert!(
+        q.len() == N * dim && out.len() == N && dim.is_multiple_of(2),
+        "N rows"
+    );
+    page.check(dim);
+    let mut acc = [[_mm512_setzero_ps(); 2]; N];
+    match page {
+        Page::F32 { k, .. } => {
+            for d in 0..dim {
+                for half in 0..2 {
+                    // SAFETY: the page has `[2][D][16]` keys, as checked above.
+                    let keys = unsafe { _mm512_loadu_ps(k.as_ptr().add((half * dim + d) * LANES)) };
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        // SAFETY: `q` has `N * D` values.
+                        let q = unsafe { *q.get_unchecked(r * dim + d) };
+                        acc[half] = _mm512_fmadd_ps(_mm512_set1_ps(q), keys, acc[half]);
+                    }
+                }
+            }
+        }
+        Page::Bf16 { k, .. } => {
+            let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            for pair in 0..dim / 2 {
+                for half in 0..2 {
+                    // SAFETY: the page has `[2][D/2][16][2]` keys, as checked above.
+                    let both = unsafe {
+                        _mm512_loadu_si512(k.as_ptr().add((half * dim / 2 + pair) * 2 * LANES).cast())
+                    };
+                    let keys = [
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)),
+                        _mm512_castsi512_ps(_mm512_and_si512(both, high)),
+                    ];
+                    for (d, keys) in keys.into_iter().enumerate() {
+                        for (r, acc) in acc.iter_mut().enumerate() {
+                            // SAFETY: `q` has `N * D` values.
+                            let q = unsafe { *q.get_unchecked(r * dim + 2 * pair + d) };
+                            acc[half] = _mm512_fmadd_ps(_mm512_set1_ps(q), keys, acc[half]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for (out, acc) in out.iter_mut().zip(acc) {
+        for (half, acc) in acc.into_iter().enumerate() {
+            // SAFETY: a row has two halves of 16 scores.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(half * LANES), acc) };
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -145,9 +216,17 @@ fn abreast<const N: usize>(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f
 
 #[inline(always)]
 fn normalise_body(row: &mut [f32]) -> (f32, f32) {
-    let m = row
+    // A maximum does not depend on the order: lane by lane it need not wait for itself.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(a, &b)| *a = larger(*a, b));
+    }
+    let m = lanes
         .iter()
-        .fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
     if m == f32::NEG_INFINITY {
         return (m, 0.0);
     }
@@ -212,9 +291,9 @@ mod tests {
                     for cap in [None, Some(0.5)] {
                         let mut got = [f32::NAN; PAGE_ROWS];
                         scores(cpu, &q, cap, &page, &mut got);
-                        let five: Vec<f32> = (0..5).flat_map(|_| q.iter().copied()).collect();
-                        let mut rows = [[f32::NAN; PAGE_ROWS]; 5];
-                        scores_rows(cpu, dim, &five, cap, &page, &mut rows);
+                        let many: Vec<f32> = (0..13).flat_map(|_| q.iter().copied()).collect();
+                        let mut rows = [[f32::NAN; PAGE_ROWS]; 13];
+                        scores_rows(cpu, dim, &many, cap, &page, &mut rows);
                         assert!(rows.iter().all(|row| *row == got), "{:?}", cpu.path());
                         for (row, got) in got.iter().enumerate() {
                             let chain =

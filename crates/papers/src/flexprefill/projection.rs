@@ -24,16 +24,14 @@ impl Projection {
     /// Adds the rows `rows`, the last of which sees all keys, of query head `head`.
     pub(crate) fn add(&mut self, view: &PlanView<'_>, head: usize, rows: Range<usize>) {
         let (n, share) = (self.vertical.len(), 1.0 / rows.len() as f32);
-        for (i, weights) in view.weights(head, rows.clone()).iter().enumerate() {
-            // Row `i` of `R` sees the keys before `n - (R - 1 - i)`.
-            let behind = rows.len() - 1 - i;
-            let seen = &weights[..n - behind];
-            for (sum, w) in self.vertical.iter_mut().zip(seen) {
+        view.weights(head, rows, |_, weights| {
+            for (sum, w) in self.vertical.iter_mut().zip(weights) {
                 *sum += share * w;
             }
-            for (sum, w) in self.slash[behind..].iter_mut().zip(seen) {
+            // The last row's own key is the last entry, and so is every other row's.
+            for (sum, w) in self.slash[n - weights.len()..].iter_mut().zip(weights) {
                 *sum += share * w;
             }
-        }
+        });
     }
 }

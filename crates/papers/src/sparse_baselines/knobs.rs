@@ -45,3 +45,52 @@ pub const fn sinks(default: i64, source: &'static str) -> Knob {
         source,
     }
 }
+
+/// Share of the keys before it that a drawn token reads.
+pub const fn share(default: f64, source: &'static str) -> Knob {
+    Knob {
+        name: "share",
+        kind: Kind::above(0.0, 1.0),
+        default: Preset::Float(default),
+        unit: "",
+        help: "Share of the keys that a drawn token reads in a sparse layer",
+        source,
+    }
+}
+
+/// Keys that a drawn token reads at least.
+pub const fn least(default: i64, source: &'static str) -> Knob {
+    Knob {
+        name: "least",
+        kind: Kind::int(1, 1 << 20),
+        default: Preset::Int(default),
+        unit: "keys",
+        help: "Keys that it reads at least; texts of no more are dense",
+        source,
+    }
+}
+
+/// How many keys a drawn token reads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Budget {
+    /// [`share`].
+    pub share: f64,
+    /// [`least`].
+    pub least: usize,
+}
+
+impl Budget {
+    /// The values of the knobs.
+    pub fn of(knobs: &Knobs) -> Self {
+        Self {
+            share: knobs.float("share"),
+            least: knobs.size("least"),
+        }
+    }
+
+    /// Of `keys` keys; `None`: all of them.
+    pub fn keys(&self, keys: usize) -> Option<usize> {
+        let budget = self.least.max((self.share * keys as f64).ceil() as usize);
+        (budget < keys).then_some(budget)
+    }
+}

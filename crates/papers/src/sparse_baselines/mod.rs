@@ -1,8 +1,9 @@
-//! Planners that others are measured against: rules about which keys the rows of a prompt read.
+//! Planners that others are measured against: rules about which keys the rows of a prompt, or drawn tokens, read.
 
 mod a_shape;
 mod block_topk;
 pub mod knobs;
+mod quest;
 mod random;
 pub mod reference;
 pub mod select;
@@ -11,4 +12,5 @@ mod tests;
 
 pub use a_shape::AShape;
 pub use block_topk::BlockTopK;
+pub use quest::Quest;
 pub use random::RandomBlocks;

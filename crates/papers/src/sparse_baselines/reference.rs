@@ -38,3 +38,31 @@ pub fn block_topk(scores: &[Vec<f64>], i: usize, keep: usize) -> Vec<usize> {
     blocks.dedup();
     blocks
 }
+
+/// Quest's bound of a page: no product of `q` with a key of it is larger.
+pub fn page_bound(q: &[f64], page: &[Vec<f64>]) -> f64 {
+    let end = |d: usize, pick: fn(f64, f64) -> f64| page[1..].iter().fold(page[0][d], |x, k| pick(x, k[d]));
+    (0..q.len())
+        .map(|d| (q[d] * end(d, f64::min)).max(q[d] * end(d, f64::max)))
+        .sum()
+}
+
+/// Pages of `rows` keys that heads read together: the open one, and the best of those before it, `count` in all.
+pub fn quest(heads: &[Vec<f64>], k: &[Vec<f64>], rows: usize, count: usize) -> Vec<usize> {
+    let full = (k.len() - 1) / rows;
+    let mut joint = vec![f64::NEG_INFINITY; full];
+    for q in heads {
+        let bounds: Vec<f64> = (0..full)
+            .map(|p| page_bound(q, &k[p * rows..(p + 1) * rows]))
+            .collect();
+        let top = bounds.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        joint
+            .iter_mut()
+            .zip(bounds)
+            .for_each(|(s, b)| *s = s.max(b - top));
+    }
+    let mut pages: Vec<usize> = ranked(&joint).into_iter().take(count - 1).collect();
+    pages.push(full);
+    pages.sort_unstable();
+    pages
+}

@@ -1,7 +1,7 @@
-//! Baselines of prefill: what they read.
+//! Baselines: what they read.
 
 use super::*;
-use crate::plan_case::{Lcg, PlanCase, Shape, planner};
+use crate::plan_case::{Lcg, PlanCase, Shape, decode_planner, planner};
 
 #[test]
 fn they_conform() {
@@ -82,5 +82,81 @@ fn drawn_blocks_are_as_many_as_asked_and_differ_between_heads() {
         let own = pos % 32 + 1;
         assert_eq!(kept.len(), own + (pos / 32).min(4) * 32, "row {pos}");
         assert_eq!(kept[0], 0);
+    }
+}
+
+#[test]
+fn quest_conforms() {
+    antefix_conformance::method::check_with(
+        &Quest,
+        &[
+            "least=40,share=0.01,dense_layers=0",
+            "least=64,share=0.2,dense_layers=1",
+        ],
+    );
+}
+
+#[test]
+fn bounds_of_pages_are_the_golden_ones_and_bound_every_key() {
+    let mut lcg = Lcg(7);
+    let (q, k) = (lcg.rows(32, 8, 2.0), lcg.rows(32, 8, 2.0));
+    let want = [
+        (8.5143, 3.6602),
+        (7.7986, 3.0112),
+        (9.1545, 6.3046),
+        (10.1921, 5.1329),
+    ];
+    for (page, (bound, largest)) in k.chunks(8).zip(want) {
+        let got = reference::page_bound(&q[31], page);
+        let max = page
+            .iter()
+            .map(|k| reference::dot(&q[31], k))
+            .fold(f64::NEG_INFINITY, f64::max);
+        assert!(
+            (got - bound).abs() < 6e-5 && (max - largest).abs() < 6e-5,
+            "{got} {max}"
+        );
+    }
+}
+
+#[test]
+fn drawn_tokens_read_the_pages_of_the_reference_whatever_the_step() {
+    for (seed, shape, least) in [
+        (1, Shape(4, 2, 16), 96),
+        (2, Shape(3, 1, 32), 64),
+        (3, Shape(2, 2, 16), 32),
+    ] {
+        let case = PlanCase::random_layers(seed, shape, 290, 2);
+        let group = shape.0 / shape.1;
+        let planner = decode_planner(&Quest, &format!("least={least},share=0.01,dense_layers=1"));
+        for step in [1, 7, 40] {
+            for planned in case.decode(&planner, 250, step) {
+                if planned.layer == 0 {
+                    assert!(planned.plan.is_dense());
+                    continue;
+                }
+                for head in 0..shape.0 {
+                    let keys = case.keys_of(1, head / group);
+                    let rows = case.kept(std::slice::from_ref(&planned), head);
+                    for (pos, got) in planned.queries.clone().zip(rows) {
+                        let heads: Vec<Vec<f64>> = (head / group * group..(head / group + 1) * group)
+                            .map(|h| {
+                                case.queries_of(1, h)[pos as usize]
+                                    .iter()
+                                    .map(|x| x * f64::from(case.geometry.scale))
+                                    .collect()
+                            })
+                            .collect();
+                        let pages = reference::quest(&heads, &keys[..=pos as usize], 32, least / 32);
+                        let want: Vec<u32> = pages
+                            .iter()
+                            .flat_map(|&p| p as u32 * 32..(p as u32 + 1) * 32)
+                            .filter(|&k| k <= pos)
+                            .collect();
+                        assert_eq!(got, want, "seed {seed}, head {head}, row {pos}");
+                    }
+                }
+            }
+        }
     }
 }
