@@ -330,8 +330,10 @@ impl Model {
                 geometry,
                 q: &q[rows.start * q_width..rows.end * q_width],
                 pos0: seqs[seq].extra.pos_base + seqs[seq].pos0,
-                // What stands before or beside the sequence's own pages is not in them.
-                exact: seqs[seq].extra.pos_base == 0 && seqs[seq].extra.context.is_none_or(Context::is_empty),
+                // What stands before or beside the sequence's own pages is not in them; a planned row does not attend to all of them.
+                exact: seqs[seq].extra.pos_base == 0
+                    && seqs[seq].extra.context.is_none_or(Context::is_empty)
+                    && seqs[seq].extra.planning.is_none(),
             });
         }
         s.acts.swap(&mut s.z, rows, q_width);
