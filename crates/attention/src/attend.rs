@@ -64,6 +64,8 @@ pub enum AttendError {
 /// Buffers that live from call to call. Contents mean nothing between calls.
 #[derive(Default)]
 pub struct Scratch {
+    /// Time that [`attend`] took so far, planning included.
+    pub spent: std::time::Duration,
     m: Vec<f32>,
     l: Vec<f32>,
     acc: Vec<f32>,
@@ -151,6 +153,7 @@ pub fn attend(
     if rows == 0 {
         return Ok(());
     }
+    let started = std::time::Instant::now();
     let (group, heads, dim) = (geometry.group(), geometry.kv_heads, geometry.dim);
 
     // Where every row's states will lie: first the tree, [partition][head][tree row][g]; then the blocks, [block][head][row][g].
@@ -345,6 +348,7 @@ pub fn attend(
             }
         }
     });
+    scratch.spent += started.elapsed();
     Ok(())
 }
 

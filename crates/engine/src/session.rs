@@ -55,10 +55,10 @@ impl Session {
         }
     }
 
-    /// From now on the angles, hooks and plans of `program` hold, for texts of up to `tokens` tokens.
+    /// From now on the angles and hooks of `program` hold, for texts of up to `tokens` tokens.
     ///
     /// # Errors
-    /// When it rewrites prompts, cuts caches or reuses documents.
+    /// When it rewrites prompts, plans what is read, cuts caches or reuses documents.
     pub fn run_under(&mut self, program: &Program, tokens: usize) -> Result<(), NotForTexts> {
         if !program.scores_texts() {
             return Err(NotForTexts {
@@ -67,11 +67,11 @@ impl Session {
         }
         self.angles = program.rotation(tokens).map(|r| self.model.angles(r));
         self.hooks = program.observer(tokens, 0).map(Arc::new);
-        self.planning = Planning::of(program, usize::MAX).map(Arc::new);
         Ok(())
     }
 
-    /// From now on `planning` chooses the keys that given tokens read; `None` ends that.
+    /// From now on `planning` chooses the keys that given tokens read; `None` ends that. A stretch of its plans ends with the tokens of
+    /// [`Session::feed`].
     pub fn plan(&mut self, planning: Option<Arc<Planning>>) {
         self.planning = planning;
     }
@@ -79,6 +79,11 @@ impl Session {
     /// From now on `hooks` read or change the activations; `None` ends that.
     pub fn observe(&mut self, hooks: Option<Arc<Observer>>) {
         self.hooks = hooks;
+    }
+
+    /// Time that attention took since it was last asked, planning included.
+    pub fn take_attention_time(&mut self) -> std::time::Duration {
+        self.scratch.take_attention_time()
     }
 
     /// Tokens computed so far.

@@ -15,6 +15,7 @@ pub mod plans;
 pub mod plot;
 pub mod repro;
 pub mod reuse;
+pub mod sparse;
 pub mod tasks;
 pub mod together;
 

@@ -70,11 +70,11 @@ impl Program {
         }
     }
 
-    /// Whether it only changes angles, activations and which keys given tokens read, so that a text can be computed as it is and scored token by token: no prompt
+    /// Whether it only changes angles and activations, so that a text can be computed as it is and scored token by token: no prompt
     /// is rewritten, no cache cut, no document computed apart from what stands before it.
     pub fn scores_texts(&self) -> bool {
-        let drawn = self.decode_planner.is_some();
-        self.prompt.is_empty() && self.policy.is_none() && self.chunks.is_none() && !drawn
+        let plans = self.planner.is_some() || self.decode_planner.is_some();
+        self.prompt.is_empty() && self.policy.is_none() && self.chunks.is_none() && !plans
     }
 
     /// What is computed instead of `prompt`.

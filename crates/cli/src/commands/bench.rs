@@ -3,8 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use antefix_attention::method::Program;
+use antefix_attention::method::{DENSE, Program};
 use antefix_lab::bench::{self, BenchError, Row, SharedRow};
+use antefix_lab::likelihood::passage;
+use antefix_lab::plans::PlansError;
+use antefix_lab::sparse::{SparseRow, compare};
+use antefix_lab::tasks::Prose;
 use antefix_lab::{bench_method, host::EngineHost};
 use antefix_models::decoder::Model;
 use antefix_models::tokenizer::Tokenizer;
@@ -44,6 +48,25 @@ pub(crate) struct Args {
     /// Decode with the hooks of this JSON file and without, in pairs: what they cost
     #[arg(long, value_name = "FILE", conflicts_with_all = ["methods", "shared_prefix", "compare"])]
     hooks: Option<PathBuf>,
+    /// Sparse prefill beside dense prefill instead: time, density, distance of the predictions
+    #[arg(long, conflicts_with_all = ["methods", "shared_prefix", "compare", "hooks"])]
+    sparse: bool,
+    /// With --sparse: tokens of the prompts
+    #[arg(long, value_delimiter = ',', default_value = "4096,8192")]
+    lengths: Vec<usize>,
+    /// With --sparse: methods, each NAME[,knob=value...]
+    #[arg(
+        long = "methods",
+        value_delimiter = ',',
+        default_value = "flexprefill,anchor_attention,block_topk"
+    )]
+    sparse_methods: Vec<String>,
+    /// With --sparse: measure the recall of the plans on this many rows of each stretch, in a pass of its own
+    #[arg(long, default_value_t = 0)]
+    recall_rows: usize,
+    /// With --sparse: prompts out of this text instead of generated prose
+    #[arg(long, value_name = "FILE", requires = "sparse")]
+    text: Option<PathBuf>,
     /// How many sequences
     #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
     batch: Vec<usize>,
@@ -75,6 +98,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     let before = args.compare.as_deref().map(earlier).transpose()?;
     let Loaded { model, tokenizer } = Loaded::new(&args.model, &args.run)?;
+    if args.sparse {
+        return sparse(args, &model, &tokenizer);
+    }
     if !args.shared_prefix.is_empty() {
         let n = args.decode.iter().copied().find(|&n| n > 0).unwrap_or(64);
         for &prefix in &args.shared_prefix {
@@ -106,6 +132,71 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
                 before.as_deref(),
             )?;
         }
+    }
+    Ok(())
+}
+
+/// Sparse prefill beside dense prefill, length by length.
+fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result<(), Failure> {
+    let prose = match &args.text {
+        Some(file) => Prose::Text(String::from_utf8_lossy(&super::read(file)?).into_owned()),
+        None => Prose::Generated,
+    };
+    // `a,x=1,b` are the methods `a,x=1` and `b`.
+    let mut texts: Vec<String> = Vec::new();
+    for word in &args.sparse_methods {
+        match texts.last_mut() {
+            Some(last) if word.contains('=') => *last += &format!(",{word}"),
+            _ => texts.push(word.clone()),
+        }
+    }
+    let one = |text: &String| {
+        let method = MethodArgs {
+            methods: vec![text.clone()],
+        };
+        method.program(model)
+    };
+    // Dense attention is always there, and first.
+    let asked = texts.iter().filter(|text| *text != DENSE);
+    let programs: Vec<Arc<Program>> = asked
+        .map(one)
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .flatten()
+        .collect();
+    for &length in &args.lengths {
+        let context = model.spec().context;
+        if length < 2 || length > context {
+            return Err(Failure::Input(anyhow!(
+                "a length is {length}\nhint: `--lengths` from 2 to {context}"
+            )));
+        }
+        let tokens = passage(tokenizer, &prose, length, 1);
+        if tokens.len() < length {
+            return Err(Failure::Input(anyhow!(
+                "the text has {} tokens, {length} are asked for\nhint: give a longer text or smaller `--lengths`",
+                tokens.len()
+            )));
+        }
+        let mut printed = Ok(());
+        let row = |row: SparseRow| {
+            let recall = row.recall.map_or_else(|| "-".into(), |r| format!("{r:.3}"));
+            let print = match args.json {
+                true => json_line(&row),
+                false => line(format_args!(
+                    "{:>6}  {:8.2} s, attention {:7.2} s, planning {:6.2} s, density {:.3}, recall {recall}, KL {:.4}, top-1 {:.3}  {}",
+                    row.length, row.ttft_s, row.attn_s, row.plan_s, row.density, row.kl, row.top1, row.method
+                )),
+            };
+            if printed.is_ok() {
+                printed = print;
+            }
+        };
+        compare(model, &tokens, &programs, args.recall_rows, row).map_err(|e| match e {
+            PlansError::Engine(_) => Failure::other(e),
+            _ => Failure::input(e),
+        })?;
+        printed?;
     }
     Ok(())
 }

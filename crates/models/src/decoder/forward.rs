@@ -70,6 +70,13 @@ pub struct Scratch {
     positions: Vec<u32>,
 }
 
+impl Scratch {
+    /// Time that attention took since it was last asked, planning included.
+    pub fn take_attention_time(&mut self) -> std::time::Duration {
+        std::mem::take(&mut self.attend.spent)
+    }
+}
+
 /// Turns rows of heads to their positions, each with the angles of its sequence.
 struct Turn<'a> {
     layer: usize,

@@ -182,17 +182,15 @@ impl DecodeSteps for Steps {
             return view.dense();
         }
         // Layers ascend: the rows of this step have chosen.
-        view.plan(self.tidal.unit, |unit| self.cover(view, &self.sets[unit]))
+        view.plan(self.tidal.unit, |unit| cover(view, &self.sets[unit]))
     }
 }
 
-impl Steps {
-    /// The chosen keys of each row, and its own.
-    fn cover(&self, view: &PlanView<'_>, rows: &[Runs]) -> Cover {
-        let mut builder = Builder::new(1, view.queries());
-        rows.iter().for_each(|runs| builder.push(runs.iter().copied()));
-        builder.finish()
-    }
+/// The chosen keys of each row, and its own.
+fn cover(view: &PlanView<'_>, rows: &[Runs]) -> Cover {
+    let mut builder = Builder::new(1, view.queries());
+    rows.iter().for_each(|runs| builder.push(runs.iter().copied()));
+    builder.finish()
 }
 
 impl Tidal {

@@ -1,0 +1,189 @@
+//! Sparse prefill beside dense prefill on the same text: time, what was read, and how far the predictions moved.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use antefix_attention::method::{DENSE, Program};
+use antefix_attention::sparse::Planning;
+use antefix_engine::Session;
+use antefix_models::decoder::Model;
+use serde::Serialize;
+
+use crate::plans::{PlansError, plans};
+
+/// Last positions whose predictions are compared. Their logits are part of every time.
+pub const COMPARED: usize = 256;
+
+/// Rows of a step; stretches of a plan may make it longer.
+const CHUNK: usize = 512;
+
+/// A line of `antefix bench --sparse --json`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SparseRow {
+    /// The method with its settings, or `dense`.
+    pub method: String,
+    /// Tokens of the prompt.
+    pub length: usize,
+    /// Seconds until the prompt was computed, with the logits of its last [`COMPARED`] positions.
+    pub ttft_s: f64,
+    /// Of those, attention with planning.
+    pub attn_s: f64,
+    /// Of those, planning.
+    pub plan_s: f64,
+    /// Kept pairs of query and key over all, in the layers that are planned.
+    pub density: f64,
+    /// Mean share of the dense weights that is kept, with the states of dense attention; if it was asked for.
+    pub recall: Option<f64>,
+    /// Mean divergence of the predictions from those of dense attention, nats.
+    pub kl: f64,
+    /// Share of positions with the same most likely token.
+    pub top1: f64,
+}
+
+/// Dense attention and each of `methods` on `tokens`, dense first: rows as they come, through `row`.
+///
+/// `recall_rows`: recall is measured on so many rows of each stretch, in one more pass; 0: not at all.
+///
+/// # Errors
+/// When a method plans no prompts, or the model fails.
+pub fn compare(
+    model: &Arc<Model>,
+    tokens: &[u32],
+    methods: &[Arc<Program>],
+    recall_rows: usize,
+    mut row: impl FnMut(SparseRow),
+) -> Result<(), PlansError> {
+    let compared = COMPARED.min(tokens.len());
+    let run = |planning: Option<Arc<Planning>>| {
+        let mut session = Session::new(Arc::clone(model), tokens.len(), CHUNK);
+        session.plan(planning);
+        let mut logits = Vec::new();
+        let started = Instant::now();
+        session.feed(tokens, compared, &mut logits)?;
+        let times = (started.elapsed(), session.take_attention_time());
+        Ok::<_, PlansError>((logits, times.0.as_secs_f64(), times.1.as_secs_f64()))
+    };
+    let (dense, ttft_s, attn_s) = run(None)?;
+    row(SparseRow {
+        method: DENSE.into(),
+        length: tokens.len(),
+        ttft_s,
+        attn_s,
+        plan_s: 0.0,
+        density: 1.0,
+        recall: Some(1.0),
+        kl: 0.0,
+        top1: 1.0,
+    });
+    for program in methods {
+        let planner = program.planner().ok_or_else(|| PlansError::None {
+            method: program.name(),
+        })?;
+        let planning = Arc::new(Planning::new(Some(Arc::clone(planner)), None, usize::MAX));
+        let (logits, ttft_s, attn_s) = run(Some(Arc::clone(&planning)))?;
+        let recall = match recall_rows {
+            0 => None,
+            rows => {
+                let plans = plans(model, program, tokens, rows)?;
+                let sum: f64 = plans.iter().filter_map(|p| p.recall).sum();
+                (!plans.is_empty()).then(|| sum / plans.len() as f64)
+            }
+        };
+        let (kl, top1) = distance(&dense, &logits, model.spec().vocab);
+        row(SparseRow {
+            method: program.tag(),
+            length: tokens.len(),
+            ttft_s,
+            attn_s,
+            plan_s: planning.time().as_secs_f64(),
+            density: planning.density().unwrap_or(1.0),
+            recall,
+            kl,
+            top1,
+        });
+    }
+    Ok(())
+}
+
+/// Mean KL divergence of `other` from `dense`, both `[rows, vocab]` logits, and the share of rows with one most likely token.
+fn distance(dense: &[f32], other: &[f32], vocab: usize) -> (f64, f64) {
+    let rows = dense.len() / vocab;
+    let (mut kl, mut same) = (0.0, 0usize);
+    for (a, b) in dense.chunks_exact(vocab).zip(other.chunks_exact(vocab)) {
+        let (la, lb) = (lse(a), lse(b));
+        kl += a
+            .iter()
+            .zip(b)
+            .map(|(&a, &b)| {
+                let (a, b) = (f64::from(a) - la, f64::from(b) - lb);
+                a.exp() * (a - b)
+            })
+            .sum::<f64>();
+        same += usize::from(argmax(a) == argmax(b));
+    }
+    (kl / rows as f64, same as f64 / rows as f64)
+}
+
+fn lse(row: &[f32]) -> f64 {
+    let m = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    f64::from(m) + row.iter().map(|&x| f64::from(x - m).exp()).sum::<f64>().ln()
+}
+
+fn argmax(row: &[f32]) -> usize {
+    (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_predictions_have_no_distance_and_others_that_of_the_formula() {
+        let dense = [0.0, 0.0, 2.0, 1.0];
+        assert_eq!(distance(&dense, &dense, 2), (0.0, 1.0));
+        let (kl, top1) = distance(&dense, &[0.0, 0.0, 1.0, 2.0], 2);
+        // Of the second row: p = (e, 1) / (1 + e) against (1, e) / (1 + e).
+        let e = 1f64.exp();
+        assert!((kl - 0.5 * (e - 1.0) / (e + 1.0)).abs() < 1e-6, "{kl}");
+        assert_eq!(top1, 0.5);
+    }
+
+    #[test]
+    fn a_method_that_keeps_everything_is_dense_and_one_that_does_not_is_measured() {
+        use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
+        use antefix_papers::ALL;
+        let (model, _) = antefix_conformance::tiny(
+            antefix_models::spec::Arch::Llama,
+            antefix_kernels::cpu::Cpu::best(),
+            2,
+        );
+        let program = |text: &str| {
+            let mut raw = RawMethods::default();
+            raw.add(ALL, text).expect("well written");
+            let chosen = raw.resolve(ALL, Trust::Local).expect("in range");
+            Arc::new(Rig::assemble(&model.facts(), &Profiles::default(), &chosen).expect("it goes"))
+        };
+        let methods = [
+            program("a_shape,window=1048576"),
+            program("a_shape,block=32,sinks=2,window=8"),
+        ];
+        let tokens: Vec<u32> = (0..400).map(|i| i * 7 % 200).collect();
+        let mut rows = Vec::new();
+        compare(&model, &tokens, &methods, 2, |row| rows.push(row)).expect("it runs");
+        assert_eq!(rows.len(), 3);
+        let same = &rows[1];
+        assert_eq!(
+            (same.density, same.recall, same.kl, same.top1),
+            (1.0, Some(1.0), 0.0, 1.0)
+        );
+        let few = &rows[2];
+        assert!(
+            few.density < 0.5 && few.recall.is_some_and(|r| r < 0.9) && few.kl > 0.0,
+            "{few:?}"
+        );
+        assert!(rows.iter().all(|r| r.ttft_s >= r.attn_s && r.attn_s >= r.plan_s));
+        let decode = program("quest");
+        let error = compare(&model, &tokens, &[decode], 0, |_| ()).expect_err("it plans no prompts");
+        assert!(error.to_string().contains("`quest`"), "{error}");
+    }
+}
