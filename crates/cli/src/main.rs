@@ -30,7 +30,7 @@ enum Command {
     /// Serve OpenAI's and Anthropic's APIs over HTTP
     Serve(commands::serve::Args),
     /// Measure prompt and decoding speed, alone and behind a shared prefix
-    Bench(commands::bench::Args),
+    Bench(Box<commands::bench::Args>),
     /// Perplexity of a text file, with llama-perplexity's windowing
     Perplexity(commands::perplexity::Args),
     /// What a model finds in long texts: needles, variables, tables, by length and depth

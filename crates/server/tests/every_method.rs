@@ -36,6 +36,8 @@ fn settings(card: &'static Card) -> Value {
             ("window" | "buffer", _) => json!(8),
             ("every", _) => json!(4),
             ("top", _) => json!(2),
+            ("least", _) => json!(16),
+            ("start" | "dense_layers", _) => json!(0),
             ("always", _) => json!(true),
             _ => continue,
         };

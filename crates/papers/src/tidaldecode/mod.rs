@@ -78,7 +78,7 @@ static CARD: Card = Card {
             kind: Kind::int(0, 1024),
             default: Preset::Int(0),
             unit: "",
-            help: "Layer that chooses again; 0: two fifths of the way up; `start` or below: none",
+            help: "Layer that chooses again; 0: two fifths of the way up; none if it is `start` or below, or the last",
             source: "ours; the published scripts have 13 of 32",
         },
         Knob {
@@ -123,7 +123,8 @@ impl Method for TidalDecode {
                 facts.layers.len()
             )));
         };
-        let again = next(recall).filter(|&l| recall > start && l > first);
+        let used = |l: usize| next(l + 1).is_some();
+        let again = next(recall).filter(|&l| recall > start && l > first && used(l));
         rig.set_decode_planner(Arc::new(Tidal {
             budget: Budget::of(knobs),
             select: [Some(first), again].into_iter().flatten().collect(),
