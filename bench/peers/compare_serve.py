@@ -36,8 +36,6 @@ PREFIX, SUFFIX, PREFIXES, OUTPUT = 2048, 64, 4, 64
 # Turns of a conversation, each a request, and tokens that the user adds in each.
 TURNS, TURN = 4, 256
 SECONDS_TO_START = 60
-# A run that takes longer is given up: the setting is hopeless.
-SECONDS_OF_A_RUN = 300
 TOKENS_A_SEQUENCE = 2816
 
 
@@ -88,6 +86,8 @@ def arguments():
     parser.add_argument("--ttft-ms", type=float, default=1000, help="a good request has its first token after this")
     parser.add_argument("--itl-ms", type=float, default=100, help="and takes this from token to token in the mean")
     parser.add_argument("--few-flags", action="store_true", help="try only llama-server's three most promising settings")
+    parser.add_argument("--setting", help="run llama-server with this one: `shipped, fa on, unified`")
+    parser.add_argument("--limit", type=int, default=300, help="seconds after which a run is given up: the setting is hopeless")
     parser.add_argument("--fairness", action="store_true", help="a stream beside prompts of 7,000 words, instead of the rows")
     parser.add_argument("--own-client", action="store_true", help="`antefix bench --serve` instead of vllm-rs")
     only = parser.add_mutually_exclusive_group()
@@ -102,6 +102,8 @@ def arguments():
         kind, _, load = row.partition(":")
         if kind not in KINDS or not load.isdigit() or int(load) < 1:
             parser.error(f"`{row}` is no row\nhint: such as prefix-repetition:8")
+    if args.setting and args.setting.partition(", ")[2] not in [flags.words() for flags in TRIED]:
+        parser.error(f"`{args.setting}` is no setting\nhint: `FORMAT, FLAGS`, the flags one of: {'; '.join(f.words() for f in TRIED)}")
     return args
 
 
@@ -189,9 +191,9 @@ class Beside:
     def watched(self, server, argv):
         busy, own, start = busy_seconds(), server.seconds(), time.monotonic()
         try:
-            client = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=SECONDS_OF_A_RUN)
+            client = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=self.args.limit)
         except subprocess.TimeoutExpired as error:
-            raise Failed(f"not done after {SECONDS_OF_A_RUN} seconds") from error
+            raise Failed(f"not done after {self.args.limit} seconds") from error
         if client.returncode:
             raise Failed(f"`{' '.join(argv)}` failed: {client.stderr.strip()[-400:]}")
         # The client's processor time is part of the others': it is small, and the same for both.
@@ -270,6 +272,9 @@ def scan(session, beside, row):
             raise Failed(f"llama-server could not be run on {row}")
         return max(tried, key=tried.get)
 
+    if beside.args.setting:
+        format, _, text = beside.args.setting.partition(", ")
+        return format, next(flags for flags in TRIED if flags.words() == text)
     if not beside.args.few_flags:
         return best(itertools.product(EQUAL, TRIED))
     *others, first = EQUAL

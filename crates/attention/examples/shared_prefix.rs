@@ -265,7 +265,7 @@ fn main() {
     );
     for shape in SHAPES.iter().filter(|s| only.is_none_or(|name| name == s.name)) {
         if !args.iter().any(|a| a == "--levels") {
-            for prefix in [512, 2048, 8192] {
+            for prefix in [512, 2048, 4096, 8192] {
                 for own in [0, 64] {
                     for b in [1, 8, 32, 64] {
                         case(&machine, shape, prefix, own, b);

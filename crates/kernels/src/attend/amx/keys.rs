@@ -1,7 +1,8 @@
 //! Scores: the tile products of queries and keys, step by step beside other work.
 
 use std::arch::asm;
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+use std::ops::Range;
 
 use super::{CHUNK, HALF, LINE, Line, Operand, RowTile, Scores};
 use crate::attend::Page;
@@ -49,8 +50,10 @@ pub(super) struct Products {
     steps: usize,
     /// Lines of keys, and of values, of a page ahead that each step asks for.
     lines: usize,
-    /// Keys and values of the pages that come next.
+    /// Keys and values of pages that come later.
     ahead: [Option<(*const u16, *const u16)>; 2],
+    /// Whether they are to come into the first cache, or just into the second.
+    near: bool,
     /// Progress towards the next step, in `1 / over` steps.
     credit: usize,
     over: usize,
@@ -111,10 +114,16 @@ impl Products {
         }
         for &(k, v) in self.ahead.iter().flatten() {
             for line in self.step * self.lines..(self.step + 1) * self.lines {
+                let (k, v) = (k.wrapping_add(line * CHUNK), v.wrapping_add(line * CHUNK));
                 // SAFETY: asking for memory reads nothing.
                 unsafe {
-                    _mm_prefetch::<_MM_HINT_T0>(k.wrapping_add(line * CHUNK).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(v.wrapping_add(line * CHUNK).cast());
+                    if self.near {
+                        _mm_prefetch::<_MM_HINT_T0>(k.cast());
+                        _mm_prefetch::<_MM_HINT_T0>(v.cast());
+                    } else {
+                        _mm_prefetch::<_MM_HINT_T1>(k.cast());
+                        _mm_prefetch::<_MM_HINT_T1>(v.cast());
+                    }
                 }
             }
         }
@@ -161,20 +170,17 @@ impl Products {
 }
 
 impl RowTile<'_> {
-    /// The products of the rows with the keys of a pair of pages, to be computed step by step.
-    pub(super) fn products(&self, pair: &Pair) -> Products {
+    /// The products of the rows with the keys of a pair of pages, to be computed step by step. Alone, a tile of rows asks for the two
+    /// pages after those; else for the next two of its share of the coming batch, into the second cache: the first one is full.
+    pub(super) fn products(&self, pair: &Pair, share: &mut Range<usize>) -> Products {
         let dim = self.call.dim;
-        let mut ahead = [None; 2];
-        if self.first == 0 {
-            for (ahead, view) in ahead
-                .iter_mut()
-                .zip(self.call.pages.iter().skip(pair.last().index + 1))
-            {
-                if let Page::Bf16 { k, v } = view.page {
-                    *ahead = Some((k.as_ptr(), v.as_ptr()));
-                }
-            }
-        }
+        let alone = self.n == self.call.visible.len();
+        let mut after = pair.last().index + 1..self.call.len();
+        let pages = if alone { &mut after } else { share };
+        let ahead = [pages.next(), pages.next()].map(|i| match self.call.pages[i?].page {
+            Page::Bf16 { k, v } => Some((k.as_ptr(), v.as_ptr())),
+            Page::F32 { .. } => None,
+        });
         // SAFETY: the tiles are configured, and nobody else uses them before the products are finished.
         unsafe {
             asm!(
@@ -198,6 +204,7 @@ impl RowTile<'_> {
             steps: dim / HALF * pair.len(),
             lines: dim / (dim / HALF * pair.len()),
             ahead,
+            near: alone,
             credit: 0,
             over: 1,
             stored: false,

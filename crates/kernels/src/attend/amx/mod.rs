@@ -15,6 +15,7 @@ mod weights;
 
 #[allow(clippy::wildcard_imports)] // Dozens of intrinsics.
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use antefix_state::PAGE_ROWS;
 use keys::Pair;
@@ -153,6 +154,8 @@ pub(super) unsafe fn attend(call: &Call<'_>, state: &mut StateMut<'_>, scratch: 
                 filled += 1;
             }
         }
+        let (tiles, end) = (reach.len(), call.len());
+        let later = end.min(from + pages)..end.min(from + 2 * pages);
         for (t, reach) in reach.iter().enumerate() {
             let first = t * per;
             let n = per.min(rows - first);
@@ -167,6 +170,7 @@ pub(super) unsafe fn attend(call: &Call<'_>, state: &mut StateMut<'_>, scratch: 
                 first,
                 n,
                 reach: *reach,
+                share: later.start + t * later.len() / tiles..later.start + (t + 1) * later.len() / tiles,
             };
             tile.fold(&batch[..filled], state, work);
         }
@@ -287,6 +291,8 @@ struct RowTile<'a> {
     /// Rows.
     n: usize,
     reach: Reach,
+    /// Pages of the next batch that this tile asks for: each tile some, so that they come evenly.
+    share: Range<usize>,
 }
 
 impl RowTile<'_> {
@@ -309,15 +315,16 @@ impl RowTile<'_> {
         // The pages in pairs; the tile products of a pair run beside the exponentials of the pair before it.
         let mut seen = batch.iter().flatten().filter(|page| self.sees(page));
         let mut pair = Pair::take(&mut seen);
+        let mut share = self.share.clone();
         let (mut waiting, mut now) = (0, 0);
         if let Some(pair) = &pair {
-            self.products(pair).finish(&mut work.s[now]);
+            self.products(pair, &mut share).finish(&mut work.s[now]);
         }
         while let Some(this) = pair {
             let next = Pair::take(&mut seen);
             let mut products = next
                 .as_ref()
-                .map(|next| self.products(next).over(this.len() * self.n));
+                .map(|next| self.products(next, &mut share).over(this.len() * self.n));
             for (i, page) in this.pages().enumerate() {
                 self.cap(&mut work.s[now][i]);
                 let full = self.sees_all(page);
