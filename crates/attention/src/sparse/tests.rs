@@ -417,8 +417,8 @@ fn watching_changes_no_bit_and_measures_the_kept_weights() {
     let view = case.view(Cpu::best(), &team);
     for planned in some.take_plans() {
         let Range { start, end } = planned.queries;
-        let rows: Vec<usize> = (1..=3)
-            .map(|i| (start + i * (end - start) / 3 - 1) as usize)
+        let rows: Vec<usize> = (0..3)
+            .map(|i| (start + (2 * i + 1) * (end - start) / 6) as usize)
             .collect();
         let (mut kept, mut count) = (0.0, 0);
         for head in 0..4 {

@@ -162,11 +162,12 @@ impl PlanView<'_> {
         }
     }
 
-    /// Mean share of the weights of dense attention that `plan` keeps, over all heads and `count` rows, the last among them.
+    /// Mean share of the weights of dense attention that `plan` keeps, over all heads and `count` rows in equal
+    /// distances: the first rows of a stretch may read less than the last.
     pub(super) fn recall(&self, plan: &Plan, count: usize) -> f64 {
         let rows = self.rows.rows();
         let count = count.clamp(1, rows);
-        let sample: Vec<usize> = (1..=count).map(|i| i * rows / count - 1).collect();
+        let sample: Vec<usize> = (0..count).map(|i| (2 * i + 1) * rows / (2 * count)).collect();
         let kept = |head: usize| -> f64 {
             let cover = match plan.unit {
                 Unit::QueryHead => &plan.units[head],

@@ -29,7 +29,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LAYER.HEAD", requires = "plan")]
     picture: Option<String>,
     /// With --plan: rows of each stretch on which recall is measured
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 4)]
     recall_rows: usize,
     /// JSON
     #[arg(long)]
