@@ -23,6 +23,11 @@ pub struct Extra<'a> {
 }
 
 impl<'a> Extra<'a> {
+    /// Whether all that the rows attend is in the sequence's own pages, which begin at position 0.
+    pub fn is_bare(&self) -> bool {
+        self.pos_base == 0 && self.context.is_none_or(Context::is_empty)
+    }
+
     /// That of a whole sequence.
     pub fn of(state: &'a SeqState) -> Self {
         Self {

@@ -1,8 +1,6 @@
 //! What attention read, on demand: rows, top keys, mass on groups of keys, entropy, distances and column sums of chosen heads
 //! and query rows, out of queries and the keys in the pages. Never a matrix: one row of weights a thread is all there is.
 
-use std::sync::Mutex;
-
 use antefix_kernels::attend::{normalise, scores};
 use antefix_kernels::{cpu::Cpu, team::Team};
 use antefix_kv::{Pool, SeqKv};
@@ -270,8 +268,7 @@ impl AttentionView<'_> {
     /// # Panics
     /// When a row or a head does not exist.
     pub fn read(&self, heads: &[usize], rows: &[usize], reads: &Reads) -> Vec<HeadReading> {
-        let out: Vec<Mutex<Option<HeadReading>>> = heads.iter().map(|_| Mutex::new(None)).collect();
-        self.run.1.run(heads.len(), &|i| {
+        self.run.1.map(heads.len(), |i| {
             let mut reading = HeadReading {
                 layer: self.layer,
                 head: heads[i],
@@ -285,10 +282,8 @@ impl AttentionView<'_> {
                     columns.add(&weights);
                 }
             });
-            *out[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(reading);
-        });
-        let take = |m: Mutex<_>| m.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        out.into_iter().filter_map(take).collect()
+            reading
+        })
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use antefix_kv::{Context, PageId, SeqKv};
+use antefix_kv::{PageId, SeqKv};
 use antefix_state::{PAGE_ROWS, PARTITION};
 
 use crate::extra::Extra;
@@ -48,8 +48,9 @@ impl SeqRows<'_> {
 
     /// What plans these rows, if they stand behind nothing but their own pages.
     pub(crate) fn planning(&self) -> Option<&Planning> {
-        let bare = self.extra.pos_base == 0 && self.extra.context.is_none_or(Context::is_empty);
-        self.extra.planning.filter(|p| bare && p.covers(self.keys()))
+        self.extra
+            .planning
+            .filter(|p| self.extra.is_bare() && p.covers(self.keys()))
     }
 
     /// Whether it is attended in blocks of its own rows.

@@ -33,7 +33,7 @@ fn rope() -> Rope {
 }
 
 /// `n` values in [-1, 1) that depend on the seed alone.
-fn noise(seed: u64, n: usize) -> Vec<f32> {
+pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         x ^= x << 13;

@@ -282,7 +282,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
     const NEAR: usize = 1024;
     let (mut best, mut at) = (f32::NEG_INFINITY, 0);
     for (i, near) in logits.chunks(NEAR).enumerate() {
-        let top = maximum(near);
+        let top = antefix_kernels::ops::max(near);
         if top > best {
             (best, at) = (top, i * NEAR);
         }
@@ -293,21 +293,6 @@ pub fn argmax(logits: &[f32]) -> u32 {
         .iter()
         .position(|&x| x >= best);
     place.map_or(0, |i| (at + i) as u32)
-}
-
-/// The largest value, in lanes that the compiler vectorises; NaN never is.
-fn maximum(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (chunks, tail) = values.as_chunks::<16>();
-    for chunk in chunks {
-        for (m, &x) in lanes.iter_mut().zip(chunk) {
-            *m = if x > *m { x } else { *m };
-        }
-    }
-    lanes
-        .iter()
-        .chain(tail)
-        .fold(f32::NEG_INFINITY, |a, &x| if x > a { x } else { a })
 }
 
 /// Natural log of the softmax probability of `token`.

@@ -90,6 +90,21 @@ fn norm_heads_body(row: &mut [f32], w: &[f32], eps: f32) {
     }
 }
 
+/// The largest value, minus infinity of none; NaN never is. A maximum does not depend on the order, so that lanes need not wait for one another.
+#[inline(always)]
+pub fn max(values: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(a, &b)| *a = larger(*a, b));
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
+}
+
 /// `x += y`.
 ///
 /// # Panics

@@ -127,6 +127,19 @@ impl Team {
         }
     }
 
+    /// `f(0), f(1), .. f(n - 1)`, as [`Team::run`] calls them.
+    ///
+    /// # Panics
+    /// With the panic of `f`.
+    pub fn map<T: Send>(&self, n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        let out: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
+        self.run(n, &|i| {
+            *out[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(f(i))
+        });
+        let take = |m: Mutex<Option<T>>| m.into_inner().unwrap_or_else(PoisonError::into_inner);
+        out.into_iter().filter_map(take).collect()
+    }
+
     /// Calls `f(index, row)` for every row of `width` values of `data`, in chunks over the team when that pays.
     ///
     /// # Panics

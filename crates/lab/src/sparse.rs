@@ -10,6 +10,7 @@ use antefix_models::decoder::Model;
 use serde::Serialize;
 
 use crate::plans::{PlansError, plans};
+use crate::reuse::distance;
 
 /// Last positions whose predictions are compared. Their logits are part of every time.
 pub const COMPARED: usize = 256;
@@ -103,34 +104,6 @@ pub fn compare(
         });
     }
     Ok(())
-}
-
-/// Mean KL divergence of `other` from `dense`, both `[rows, vocab]` logits, and the share of rows with one most likely token.
-fn distance(dense: &[f32], other: &[f32], vocab: usize) -> (f64, f64) {
-    let rows = dense.len() / vocab;
-    let (mut kl, mut same) = (0.0, 0usize);
-    for (a, b) in dense.chunks_exact(vocab).zip(other.chunks_exact(vocab)) {
-        let (la, lb) = (lse(a), lse(b));
-        kl += a
-            .iter()
-            .zip(b)
-            .map(|(&a, &b)| {
-                let (a, b) = (f64::from(a) - la, f64::from(b) - lb);
-                a.exp() * (a - b)
-            })
-            .sum::<f64>();
-        same += usize::from(argmax(a) == argmax(b));
-    }
-    (kl / rows as f64, same as f64 / rows as f64)
-}
-
-fn lse(row: &[f32]) -> f64 {
-    let m = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    f64::from(m) + row.iter().map(|&x| f64::from(x - m).exp()).sum::<f64>().ln()
-}
-
-fn argmax(row: &[f32]) -> usize {
-    (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 
 #[cfg(test)]

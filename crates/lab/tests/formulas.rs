@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
+mod settings;
+
 use std::path::PathBuf;
 
 use antefix_attention::method::{Answer, Ask, Axis, Host, Profiles, Prompt};
@@ -189,16 +191,13 @@ fn the_first_token_is_that_of_the_whole_cache() {
     let mut tried = 0;
     for method in ALL.iter().filter(|m| m.card().axis == Axis::Kv) {
         let card = method.card();
-        let mut text = card.name.to_owned();
-        for knob in card.knobs {
-            text += match knob.name {
-                "budget" => ",budget=40",
-                "window" => ",window=8",
-                "buffer" => ",buffer=16",
-                "profile" => ",profile=made_up",
-                _ => continue,
-            };
-        }
+        let few = [
+            ("budget", "40"),
+            ("window", "8"),
+            ("buffer", "16"),
+            ("profile", PROFILE),
+        ];
+        let text = settings::with(card, &few);
         let program = host.install(&[&text]).unwrap();
         let told = host
             .ask(&Ask {

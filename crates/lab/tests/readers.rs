@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
+mod settings;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -64,16 +66,13 @@ impl World {
     /// `method` with settings that cut on a short prompt, as often as it can.
     fn program(&self, method: &'static dyn Method) -> Arc<Program> {
         let card = method.card();
-        let mut text = card.name.to_owned();
-        for knob in card.knobs {
-            text += match knob.name {
-                "budget" => ",budget=40",
-                "window" => ",window=8",
-                "buffer" => ",buffer=16",
-                "every" => ",every=1",
-                _ => continue,
-            };
-        }
+        let often = [
+            ("budget", "40"),
+            ("window", "8"),
+            ("buffer", "16"),
+            ("every", "1"),
+        ];
+        let text = settings::with(card, &often);
         let raw = RawChoice::parse(&text).unwrap();
         let knobs = Knobs::new(card, &raw.knobs).unwrap();
         Arc::new(Rig::assemble(&self.model.facts(), &self.profiles, &[Chosen { method, knobs }]).unwrap())

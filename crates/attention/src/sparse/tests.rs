@@ -13,6 +13,7 @@ use antefix_state::plan::{Builder, Cover, Plan, Scope, Unit};
 use super::*;
 use crate::method::Planner;
 use crate::readout::AttentionView;
+use crate::tests::noise;
 use crate::{Extra, Geometry, Scratch, SeqRows, Sharing, attend};
 
 /// Plans that depend on positions alone.
@@ -51,17 +52,6 @@ impl Planner for Lots {
             builder.finish()
         })
     }
-}
-
-fn noise(seed: u64, n: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..n + 8).map(|_| next()).skip(8).collect()
 }
 
 /// One sequence whose rows are all in the batch, beside a dense neighbour.

@@ -58,6 +58,22 @@ impl PlanView<'_> {
         self.rows.geometry.heads / self.rows.geometry.kv_heads
     }
 
+    /// How many units a plan has.
+    pub fn units(&self, unit: Unit) -> usize {
+        match unit {
+            Unit::QueryHead => self.rows.geometry.heads,
+            Unit::KvGroup => self.rows.geometry.kv_heads,
+        }
+    }
+
+    /// Query heads of unit `i`: all that share a KV head, or one.
+    pub fn heads(&self, unit: Unit, i: usize) -> Range<usize> {
+        match unit {
+            Unit::QueryHead => i..i + 1,
+            Unit::KvGroup => i * self.group()..(i + 1) * self.group(),
+        }
+    }
+
     /// A plan that reads everything.
     pub fn dense(&self) -> Plan {
         Plan::dense(Unit::KvGroup, self.rows.geometry.kv_heads)
@@ -65,23 +81,16 @@ impl PlanView<'_> {
 
     /// A causal plan out of one cover a KV head, or a query head, made in parallel.
     pub fn plan(&self, unit: Unit, cover: impl Fn(usize) -> Cover + Sync) -> Plan {
-        let units = match unit {
-            Unit::QueryHead => self.rows.geometry.heads,
-            Unit::KvGroup => self.rows.geometry.kv_heads,
-        };
         Plan {
             unit,
             scope: Scope::Causal,
-            units: self.each(units, cover),
+            units: self.each(self.units(unit), cover),
         }
     }
 
     /// `f(0), .., f(n - 1)`, by the team.
     pub fn each<T: Send>(&self, n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
-        let out: Vec<Mutex<Option<T>>> = (0..n).map(|_| Mutex::new(None)).collect();
-        self.rows.run.1.run(n, &|i| *lock(&out[i]) = Some(f(i)));
-        let take = |m: Mutex<Option<T>>| m.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        out.into_iter().filter_map(take).collect()
+        self.rows.run.1.map(n, f)
     }
 
     /// Query `row` of `head`, times the scale: `[D]`.
@@ -139,23 +148,9 @@ impl PlanView<'_> {
         for from in rows.clone().step_by(TOGETHER) {
             let some = from..(from + TOGETHER).min(rows.end);
             let q: Vec<f32> = some.clone().flat_map(|row| self.query(row, head)).collect();
-            self.scores(
-                head / self.group(),
-                &q,
-                0..n.div_ceil(PAGE_ROWS),
-                |page, scores| {
-                    let at = page * PAGE_ROWS;
-                    let end = (at + PAGE_ROWS).min(n);
-                    for (to, from) in weights.chunks_exact_mut(n).zip(scores) {
-                        to[at..end].copy_from_slice(&from[..end - at]);
-                    }
-                },
-            );
+            self.scores_of_keys(head / self.group(), &q, &mut weights[..some.len() * n]);
             for (row, weights) in some.zip(weights.chunks_exact_mut(n)) {
                 let seen = &mut weights[..pos0 + row + 1];
-                if let Some(cap) = self.rows.geometry.softcap {
-                    antefix_kernels::ops::softcap(seen, cap);
-                }
                 normalise(self.rows.run.0, seen);
                 f(row, seen);
             }
@@ -199,29 +194,31 @@ impl PlanView<'_> {
     pub fn log_weights(&self, heads: Range<usize>, row: usize) -> Vec<Vec<f32>> {
         let n = self.rows.pos0 as usize + row + 1;
         let q: Vec<f32> = heads.clone().flat_map(|head| self.query(row, head)).collect();
-        let mut weights = vec![vec![0.0; n]; heads.len()];
-        self.scores(
-            heads.start / self.group(),
-            &q,
-            0..n.div_ceil(PAGE_ROWS),
-            |page, scores| {
-                let at = page * PAGE_ROWS;
-                let end = (at + PAGE_ROWS).min(n);
-                for (to, from) in weights.iter_mut().zip(scores) {
-                    to[at..end].copy_from_slice(&from[..end - at]);
-                }
-            },
-        );
+        let mut weights = vec![0.0; heads.len() * n];
+        self.scores_of_keys(heads.start / self.group(), &q, &mut weights);
         let mut sum = Vec::with_capacity(n);
-        for scores in &mut weights {
-            if let Some(cap) = self.rows.geometry.softcap {
-                antefix_kernels::ops::softcap(scores, cap);
-            }
-            sum.clone_from(scores);
+        let mut log = |scores: &[f32]| {
+            sum.clear();
+            sum.extend_from_slice(scores);
             let (lse, _) = normalise(self.rows.run.0, &mut sum);
-            scores.iter_mut().for_each(|s| *s -= lse);
+            scores.iter().map(|s| s - lse).collect()
+        };
+        weights.chunks_exact(n).map(&mut log).collect()
+    }
+
+    /// Scores of the vectors `q: [R, D]`, already scaled, against the first `n` keys of `kv_head`, as attention has them: `out: [R, n]`.
+    fn scores_of_keys(&self, kv_head: usize, q: &[f32], out: &mut [f32]) {
+        let n = out.len() * self.rows.geometry.dim / q.len();
+        self.scores(kv_head, q, 0..n.div_ceil(PAGE_ROWS), |page, scores| {
+            let at = page * PAGE_ROWS;
+            let end = (at + PAGE_ROWS).min(n);
+            for (to, from) in out.chunks_exact_mut(n).zip(scores) {
+                to[at..end].copy_from_slice(&from[..end - at]);
+            }
+        });
+        if let Some(cap) = self.rows.geometry.softcap {
+            antefix_kernels::ops::softcap(out, cap);
         }
-        weights
     }
 
     /// Means of the keys of `kv_head` in blocks of `block` keys, a multiple of 32, up to the last row: `[blocks, D]`. The last block

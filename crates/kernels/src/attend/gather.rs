@@ -2,6 +2,7 @@
 
 use antefix_state::PAGE_ROWS;
 
+use super::page::{k_bf16_at, k_f32_at, v_bf16_at};
 use super::{Page, PageMut};
 
 /// Keys side by side in a page.
@@ -17,26 +18,20 @@ impl PageMut<'_> {
         match (self, from) {
             (PageMut::Bf16 { k, v }, Page::Bf16 { k: fk, v: fv }) => {
                 let dim = k.len() / PAGE_ROWS;
-                // Keys: `[2 halves][D/2][16 keys][2 dims]`.
-                let at = |row: usize| row / HALF * HALF * dim + row % HALF * 2;
-                let lines = k[at(row)..].chunks_mut(2 * HALF).take(dim / 2);
-                for (to, from) in lines.zip(fk[at(from_row)..].chunks(2 * HALF)) {
+                let lines = k[k_bf16_at(dim, row, 0)..].chunks_mut(2 * HALF).take(dim / 2);
+                for (to, from) in lines.zip(fk[k_bf16_at(dim, from_row, 0)..].chunks(2 * HALF)) {
                     to[..2].copy_from_slice(&from[..2]);
                 }
-                // Values: `[16 pairs][D][2 rows]`.
-                let at = |row: usize| row / 2 * 2 * dim + row % 2;
-                let pairs = v[at(row)..].iter_mut().step_by(2).take(dim);
+                let pairs = v[v_bf16_at(dim, row, 0)..].iter_mut().step_by(2).take(dim);
                 pairs
-                    .zip(fv[at(from_row)..].iter().step_by(2))
+                    .zip(fv[v_bf16_at(dim, from_row, 0)..].iter().step_by(2))
                     .for_each(|(to, from)| *to = *from);
             }
             (PageMut::F32 { k, v }, Page::F32 { k: fk, v: fv }) => {
                 let dim = k.len() / PAGE_ROWS;
-                // Keys: `[2 halves][D][16 keys]`.
-                let at = |row: usize| row / HALF * HALF * dim + row % HALF;
-                let lines = k[at(row)..].iter_mut().step_by(HALF).take(dim);
+                let lines = k[k_f32_at(dim, row, 0)..].iter_mut().step_by(HALF).take(dim);
                 lines
-                    .zip(fk[at(from_row)..].iter().step_by(HALF))
+                    .zip(fk[k_f32_at(dim, from_row, 0)..].iter().step_by(HALF))
                     .for_each(|(to, from)| *to = *from);
                 v[row * dim..][..dim].copy_from_slice(&fv[from_row * dim..][..dim]);
             }

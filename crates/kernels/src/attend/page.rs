@@ -117,17 +117,17 @@ pub fn bf16_to_f32(x: u16) -> f32 {
 }
 
 /// Place of dimension `d` of key `row` in a bf16 K part.
-fn k_bf16_at(dim: usize, row: usize, d: usize) -> usize {
+pub(super) fn k_bf16_at(dim: usize, row: usize, d: usize) -> usize {
     ((row / HALF * (dim / 2) + d / 2) * HALF + row % HALF) * 2 + d % 2
 }
 
 /// Place of dimension `d` of key `row` in an f32 K part.
-fn k_f32_at(dim: usize, row: usize, d: usize) -> usize {
+pub(super) fn k_f32_at(dim: usize, row: usize, d: usize) -> usize {
     (row / HALF * dim + d) * HALF + row % HALF
 }
 
 /// Place of dimension `d` of value `row` in a bf16 V part.
-fn v_bf16_at(dim: usize, row: usize, d: usize) -> usize {
+pub(super) fn v_bf16_at(dim: usize, row: usize, d: usize) -> usize {
     (row / 2 * dim + d) * 2 + row % 2
 }
 

@@ -216,17 +216,7 @@ fn abreast<const N: usize>(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f
 
 #[inline(always)]
 fn normalise_body(row: &mut [f32]) -> (f32, f32) {
-    // A maximum does not depend on the order: lane by lane it need not wait for itself.
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = row.as_chunks::<LANES>();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(a, &b)| *a = larger(*a, b));
-    }
-    let m = lanes
-        .iter()
-        .chain(rest)
-        .fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
+    let m = crate::ops::max(row);
     if m == f32::NEG_INFINITY {
         return (m, 0.0);
     }

@@ -127,8 +127,7 @@ impl Acts {
     /// Rows of which the first `int8_rows` are still to be filled ([`Acts::front`]). Of the others there are no values, just the tiles that
     /// this returns, `[tiles][blocks]`, for the caller to write whole.
     pub(super) fn room(&mut self, rows: usize, k: usize, int8_rows: usize) -> Shared<Tile> {
-        self.int8_rows = Some(int8_rows);
-        self.changed(rows, k);
+        self.expect(rows, k, int8_rows);
         self.rounded = true;
         let tiles = (rows - int8_rows).div_ceil(TILE);
         self.bf16.resize(tiles * self.blocks(), Tile([[0; BLOCK]; TILE]));
@@ -215,7 +214,7 @@ impl Acts {
         in_groups(team, job.slots() / job.blocks, self.k, &|rows| {
             job.run(cpu, rows, 0..job.blocks);
         });
-        self.form = form;
+        self.has_quantised(&job);
     }
 
     /// What quantises the rows, part by part, to where [`Acts`] has them. When all parts are done: [`Acts::has_quantised`].
@@ -248,9 +247,9 @@ impl Acts {
         }
     }
 
-    /// A [`Quantiser`] of this form has been everywhere.
-    pub(super) fn has_quantised(&mut self, form: Form) {
-        self.form = form;
+    /// The [`Quantiser`] has been everywhere.
+    pub(super) fn has_quantised(&mut self, quantiser: &Quantiser) {
+        self.form = quantiser.form;
     }
 
     /// The tiles of the rows that are not quantised, and which row is the first of them.

@@ -129,15 +129,14 @@ pub(crate) unsafe fn run(task: &Task<'_>) {
     UNPACKED.with_borrow_mut(|unpacked| {
         for first in task.panels.clone().step_by(GROUP) {
             let panels = first..task.panels.end.min(first + GROUP);
-            let ahead = Fetch::of(task, panels.end);
             // SAFETY: the caller's promise.
             unsafe {
                 with_kind!(
                     task.matrix.kind,
                     K => if task.rows.len() <= 8 {
-                        group::<K, 8>(task, panels, unpacked, ahead);
+                        group::<K, 8>(task, panels, unpacked);
                     } else {
-                        group::<K, TILE>(task, panels, unpacked, ahead);
+                        group::<K, TILE>(task, panels, unpacked);
                     },
                     unreachable!("floats went to AVX-512")
                 );
@@ -157,8 +156,9 @@ struct Fetch {
 }
 
 impl Fetch {
-    /// The group from panel `first` on, or, when the task ends there, the first of the task that probably follows on this thread.
-    fn of(task: &Task<'_>, first: usize) -> Self {
+    /// In `steps` steps, the group from panel `first` on, or, when the task ends there, the first of the task that probably follows on
+    /// this thread.
+    fn over(steps: usize, task: &Task<'_>, first: usize) -> Self {
         let next = match first < task.panels.end {
             true => Some((task.matrix, first)),
             false => task.next,
@@ -166,16 +166,12 @@ impl Fetch {
         let bytes = next.map_or(&[][..], |(matrix, first)| {
             matrix.panels_from(first, GROUP.min(matrix.panels() - first))
         });
+        let lines = bytes.len() / 64;
         Self {
             from: bytes.as_ptr(),
-            lines: bytes.len() / 64,
-            pace: 0,
+            lines,
+            pace: lines.div_ceil(steps),
         }
-    }
-
-    fn over(mut self, steps: usize) -> Self {
-        self.pace = self.lines.div_ceil(steps);
-        self
     }
 
     #[inline]
@@ -196,12 +192,7 @@ impl Fetch {
 /// As [`run`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn group<K: Fixed, const R: usize>(
-    task: &Task<'_>,
-    panels: Range<usize>,
-    unpacked: &mut Vec<Line>,
-    fetch: Fetch,
-) {
+unsafe fn group<K: Fixed, const R: usize>(task: &Task<'_>, panels: Range<usize>, unpacked: &mut Vec<Line>) {
     let (acts, parts) = (task.acts, const { K::RECORD.parts() });
     let blocks = acts.blocks();
     let (first, tiles) = (task.rows.start / TILE, task.rows.len().div_ceil(TILE));
@@ -250,7 +241,7 @@ unsafe fn group<K: Fixed, const R: usize>(
         store_sums(false, &mut sums[0]);
         ahead.compute::<K>(false, &shape);
         let mut odd = false;
-        let mut fetch = fetch.over(tiles * panels.len() * blocks * parts);
+        let mut fetch = Fetch::over(tiles * panels.len() * blocks * parts, task, panels.end);
         for tile in first..first + tiles {
             let d = acts.d.as_ptr().add(tile * blocks * TILE);
             let sx = acts.sx[parts - 1].as_ptr().add(tile * blocks * parts * TILE);

@@ -108,11 +108,8 @@ pub fn gated(cpu: Cpu, team: &Team, acts: &mut Acts, what: Gated<'_>, buffer: &m
     let beside = Shared::new(buffer.as_mut_ptr());
     let quantiser = what
         .next
-        .filter(|next| next.is_quantised() && !int8.is_empty() && n.is_multiple_of(BLOCK))
-        .map(|next| {
-            let form = form_of(cpu, int8_rows, std::iter::once(next));
-            (form, out.quantiser(cpu, form))
-        });
+        .filter(|_| !int8.is_empty() && n.is_multiple_of(BLOCK))
+        .map(|next| out.quantiser(cpu, form_of(cpu, int8_rows, std::iter::once(next))));
     let front = |rows: &Range<usize>, panels: Range<usize>| {
         let product = |matrix, y, next| Task {
             cpu,
@@ -129,10 +126,7 @@ pub fn gated(cpu: Cpu, team: &Team, acts: &mut Acts, what: Gated<'_>, buffer: &m
                 product(what.up, beside, None),
             ],
             f: what.f,
-            quantiser: (rows.start < int8_rows)
-                .then_some(quantiser.as_ref())
-                .flatten()
-                .map(|q| &q.1),
+            quantiser: (rows.start < int8_rows).then_some(quantiser.as_ref()).flatten(),
         }
     };
     let all = 0..what.gate.panels();
@@ -177,8 +171,8 @@ pub fn gated(cpu: Cpu, team: &Team, acts: &mut Acts, what: Gated<'_>, buffer: &m
         part.iter().for_each(run);
     });
     drop(jobs);
-    if let Some((form, _)) = quantiser {
-        out.has_quantised(form);
+    if let Some(quantiser) = quantiser {
+        out.has_quantised(&quantiser);
     }
 }
 

@@ -6,7 +6,7 @@ use antefix_attention::{Angles, AttendError, Extra, Scratch as AttendScratch, Se
 use antefix_kernels::matmul::{Acts, Gated, Matrix, gated, matmul, matmul_append, matmul_many};
 use antefix_kernels::ops::{self, Rope};
 use antefix_kernels::quant;
-use antefix_kv::{Context, Pool, SeqKv};
+use antefix_kv::{Pool, SeqKv};
 
 use super::Model;
 use super::weights::Layer;
@@ -338,9 +338,7 @@ impl Model {
                 q: &q[rows.start * q_width..rows.end * q_width],
                 pos0: seqs[seq].extra.pos_base + seqs[seq].pos0,
                 // What stands before or beside the sequence's own pages is not in them; a planned row does not attend to all of them.
-                exact: seqs[seq].extra.pos_base == 0
-                    && seqs[seq].extra.context.is_none_or(Context::is_empty)
-                    && seqs[seq].extra.planning.is_none(),
+                exact: seqs[seq].extra.is_bare() && seqs[seq].extra.planning.is_none(),
             });
         }
         s.acts.swap(&mut s.z, rows, q_width);

@@ -43,7 +43,7 @@ use antefix_attention::method::{
 };
 use antefix_state::PAGE_ROWS;
 
-use crate::sparse_baselines::knobs::{block, block_rows};
+use crate::sparse_baselines::knobs::{block, block_rows, unit, unit_of};
 
 pub mod reference;
 #[cfg(test)]
@@ -98,14 +98,11 @@ static CARD: Card = Card {
             help: "A last group that is not full reads everything: usually it holds the question",
             source: "the published code",
         },
-        Knob {
-            name: "unit",
-            kind: Kind::Choice(&["kv_group", "query_head"]),
-            default: Preset::Text("kv_group"),
-            unit: "",
-            help: "One list for all heads that share keys, or one a query head",
-            source: "ours; the paper has one a head",
-        },
+        unit(
+            "kv_group",
+            "One list for all heads that share keys, or one a query head",
+            "ours; the paper has one a head",
+        ),
     ],
     query_dependent: true,
     needs: &[],
@@ -126,10 +123,7 @@ impl Method for AnchorAttention {
             group: block * knobs.size("step"),
             init: block * knobs.size("init"),
             dense_tail: knobs.bool("dense_tail"),
-            unit: match knobs.text("unit") {
-                "query_head" => Unit::QueryHead,
-                _ => Unit::KvGroup,
-            },
+            unit: unit_of(knobs),
         }))
     }
 }
@@ -160,13 +154,7 @@ impl Planner for Anchors {
         if start <= self.init || rest {
             return view.dense();
         }
-        view.plan(self.unit, |unit| {
-            let heads = match self.unit {
-                Unit::QueryHead => unit..unit + 1,
-                Unit::KvGroup => unit * view.group()..(unit + 1) * view.group(),
-            };
-            self.cover(view, heads)
-        })
+        view.plan(self.unit, |unit| self.cover(view, view.heads(self.unit, unit)))
     }
 }
 

@@ -43,7 +43,7 @@ use antefix_attention::method::{
     RigError, Unit,
 };
 
-use crate::sparse_baselines::knobs::{block, block_rows, chunk};
+use crate::sparse_baselines::knobs::{block, block_rows, chunk, unit, unit_of};
 use crate::sparse_baselines::select::{best, prefix};
 
 mod projection;
@@ -103,31 +103,17 @@ static CARD: Card = Card {
             source: "ours; the paper has 128",
         },
         chunk(16),
-        UNIT,
+        unit(
+            "query_head",
+            "One plan a query head, or one for all that share keys",
+            "the published code",
+        ),
     ],
     query_dependent: true,
     needs: &[],
     neutral: Some("min_budget=1048576"),
     source: file!(),
 };
-
-/// For whom a plan is made.
-pub(crate) const UNIT: Knob = Knob {
-    name: "unit",
-    kind: Kind::Choice(&["query_head", "kv_group"]),
-    default: Preset::Text("query_head"),
-    unit: "",
-    help: "One plan a query head, or one for all that share keys",
-    source: "the published code",
-};
-
-/// The value of [`UNIT`].
-pub(crate) fn unit(knobs: &Knobs) -> Unit {
-    match knobs.text("unit") {
-        "kv_group" => Unit::KvGroup,
-        _ => Unit::QueryHead,
-    }
-}
 
 impl Method for FlexPrefill {
     fn card(&self) -> &'static Card {
@@ -142,7 +128,7 @@ impl Method for FlexPrefill {
             block: block_rows(knobs),
             rows: knobs.size("rows"),
             chunk: knobs.size("chunk"),
-            unit: unit(knobs),
+            unit: unit_of(knobs),
         }))
     }
 }
@@ -169,13 +155,8 @@ impl Planner for Flex {
         if n <= (2 * self.block).max(least * self.block) {
             return view.dense();
         }
-        let group = view.group();
         view.plan(self.unit, |unit| {
-            let heads = match self.unit {
-                Unit::QueryHead => unit..unit + 1,
-                Unit::KvGroup => unit * group..(unit + 1) * group,
-            };
-            self.cover(view, heads, least)
+            self.cover(view, view.heads(self.unit, unit), least)
         })
     }
 }
@@ -234,8 +215,7 @@ impl Flex {
             list.extend(back.iter().filter(|&&r| r <= i).map(|r| (i - r) as u32));
             list.sort_unstable();
             list.dedup();
-            let block = block as u32;
-            builder.push(list.into_iter().map(|b| (b * block, (b + 1) * block)));
+            builder.push_blocks(block as u32, &list);
         }
         builder.finish()
     }

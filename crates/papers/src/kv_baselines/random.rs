@@ -38,6 +38,16 @@ pub struct Random;
 
 const SINKS: usize = 4;
 
+/// What decides a lot.
+pub(crate) const SEED: Knob = Knob {
+    name: "seed",
+    kind: Kind::int(0, 1 << 30),
+    default: Preset::Int(0),
+    unit: "",
+    help: "Decides which",
+    source: "ours",
+};
+
 static CARD: Card = Card {
     name: "random_kv",
     title: "Random rows",
@@ -60,14 +70,7 @@ static CARD: Card = Card {
             help: "Last rows that always stay",
             source: "ours",
         },
-        Knob {
-            name: "seed",
-            kind: Kind::int(0, 1 << 30),
-            default: Preset::Int(0),
-            unit: "",
-            help: "Decides which",
-            source: "ours",
-        },
+        SEED,
     ],
     query_dependent: false,
     needs: &[],

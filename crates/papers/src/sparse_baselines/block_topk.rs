@@ -31,11 +31,10 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig, RigError,
-    Unit,
+    Axis, Builder, Card, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
 };
 
-use super::knobs::{block, block_rows};
+use super::knobs::{KEEP, block, block_rows};
 use super::select::best;
 
 /// The method.
@@ -53,17 +52,7 @@ static CARD: Card = Card {
         year: 2025,
         reference: "arXiv 2502.13189",
     },
-    knobs: &[
-        block("64", "ours: 64 to 128 without training"),
-        Knob {
-            name: "keep",
-            kind: Kind::int(2, 1 << 20),
-            default: Preset::Int(24),
-            unit: "blocks",
-            help: "Blocks of keys that a block of queries reads, the first and its own among them",
-            source: "ours",
-        },
-    ],
+    knobs: &[block("64", "ours: 64 to 128 without training"), KEEP],
     query_dependent: true,
     needs: &[],
     neutral: Some("keep=1048576"),
@@ -99,7 +88,7 @@ impl Planner for Means {
         if n.div_ceil(self.block) <= self.keep {
             return view.dense();
         }
-        let (group, dim) = (view.group(), view.rows.geometry.dim);
+        let dim = view.rows.geometry.dim;
         view.plan(Unit::KvGroup, |kv_head| {
             // Step 1.
             let keys = view.mean_keys(kv_head, self.block);
@@ -107,7 +96,8 @@ impl Planner for Means {
             while let Some(at) = builder.block() {
                 let own = at.start as usize / self.block;
                 let rows = at.start as usize - pos0..at.end as usize - pos0;
-                let means: Vec<Vec<f32>> = (kv_head * group..(kv_head + 1) * group)
+                let means: Vec<Vec<f32>> = view
+                    .heads(Unit::KvGroup, kv_head)
                     .map(|head| view.mean_query(rows.clone(), head))
                     .collect();
                 // Step 2.
@@ -120,8 +110,7 @@ impl Planner for Means {
                 let mut blocks: Vec<u32> = best(&scores, self.keep - 2).iter().map(|b| b + 1).collect();
                 blocks.push(0);
                 blocks.sort_unstable();
-                let block = self.block as u32;
-                builder.push(blocks.iter().map(|&b| (b * block, (b + 1) * block)));
+                builder.push_blocks(self.block as u32, &blocks);
             }
             builder.finish()
         })

@@ -1,6 +1,6 @@
 //! Knobs that planners share.
 
-use antefix_attention::method::{Kind, Knob, Knobs, Preset};
+use antefix_attention::method::{Kind, Knob, Knobs, Preset, Unit};
 
 /// Rows of a block of queries, and keys of a block of keys: whole pages.
 pub const fn block(default: &'static str, source: &'static str) -> Knob {
@@ -20,6 +20,36 @@ pub fn block_rows(knobs: &Knobs) -> usize {
         .text("block")
         .parse()
         .expect("one of the choices is a number")
+}
+
+/// Blocks of keys that a block of queries reads.
+pub const KEEP: Knob = Knob {
+    name: "keep",
+    kind: Kind::int(2, 1 << 20),
+    default: Preset::Int(24),
+    unit: "blocks",
+    help: "Blocks of keys that a block of queries reads, the first and its own among them",
+    source: "ours",
+};
+
+/// For whom a plan is made.
+pub const fn unit(default: &'static str, help: &'static str, source: &'static str) -> Knob {
+    Knob {
+        name: "unit",
+        kind: Kind::Choice(&["kv_group", "query_head"]),
+        default: Preset::Text(default),
+        unit: "",
+        help,
+        source,
+    }
+}
+
+/// The value of [`unit`].
+pub fn unit_of(knobs: &Knobs) -> Unit {
+    match knobs.text("unit") {
+        "query_head" => Unit::QueryHead,
+        _ => Unit::KvGroup,
+    }
 }
 
 /// Blocks that are planned together.

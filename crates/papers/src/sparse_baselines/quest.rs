@@ -120,8 +120,7 @@ impl Bounds {
             let mut pages = best(&scores, (budget / PAGE_ROWS).saturating_sub(1));
             pages.push(full as u32);
             pages.sort_unstable();
-            let rows = PAGE_ROWS as u32;
-            builder.push(pages.into_iter().map(|p| (p * rows, (p + 1) * rows)));
+            builder.push_blocks(PAGE_ROWS as u32, &pages);
         }
         builder.finish()
     }
@@ -129,11 +128,11 @@ impl Bounds {
 
 /// Scores of the first `pages` pages for the heads of `kv_head`.
 fn scores(view: &PlanView<'_>, kv_head: usize, row: usize, pages: usize) -> Vec<f32> {
-    let group = view.group();
-    let q: Vec<Vec<f32>> = (kv_head * group..(kv_head + 1) * group)
+    let q: Vec<Vec<f32>> = view
+        .heads(Unit::KvGroup, kv_head)
         .map(|head| view.query(row, head).collect())
         .collect();
-    let mut bounds = vec![Vec::with_capacity(pages); group];
+    let mut bounds = vec![Vec::with_capacity(pages); q.len()];
     view.bounds(kv_head, pages, |_, ends| {
         let (least, most) = ends.split_at(ends.len() / 2);
         for (q, bounds) in q.iter().zip(&mut bounds) {

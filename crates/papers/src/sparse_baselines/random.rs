@@ -27,11 +27,11 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig, RigError,
-    Unit,
+    Axis, Builder, Card, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
 };
 
-use super::knobs::{block, block_rows};
+use super::knobs::{KEEP, block, block_rows};
+use crate::kv_baselines::random::SEED;
 
 /// The method.
 pub struct RandomBlocks;
@@ -48,25 +48,7 @@ static CARD: Card = Card {
         year: 2024,
         reference: "no publication of its own",
     },
-    knobs: &[
-        block("64", "ours"),
-        Knob {
-            name: "keep",
-            kind: Kind::int(2, 1 << 20),
-            default: Preset::Int(24),
-            unit: "blocks",
-            help: "Blocks of keys that a block of queries reads, the first and its own among them",
-            source: "ours",
-        },
-        Knob {
-            name: "seed",
-            kind: Kind::int(0, 1 << 30),
-            default: Preset::Int(0),
-            unit: "",
-            help: "Decides which",
-            source: "ours",
-        },
-    ],
+    knobs: &[block("64", "ours"), KEEP, SEED],
     query_dependent: false,
     needs: &[],
     neutral: Some("keep=1048576"),
@@ -114,7 +96,7 @@ impl Planner for Lots {
                 // Step 1. The block's own comes with the plan.
                 blocks.push(0);
                 blocks.sort_unstable();
-                builder.push(blocks.iter().map(|&b| (b * block, (b + 1) * block)));
+                builder.push_blocks(block, &blocks);
             }
             builder.finish()
         })

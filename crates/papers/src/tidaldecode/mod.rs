@@ -40,7 +40,7 @@ use antefix_attention::method::{
     Preset, Rig, RigError, Unit,
 };
 
-use crate::sparse_baselines::knobs::{Budget, least, share};
+use crate::sparse_baselines::knobs::{Budget, least, share, unit, unit_of};
 use crate::sparse_baselines::select::best;
 
 pub mod reference;
@@ -89,14 +89,11 @@ static CARD: Card = Card {
             help: "Keys that are chosen together",
             source: "ours; the paper has 1",
         },
-        Knob {
-            name: "unit",
-            kind: Kind::Choice(&["kv_group", "query_head"]),
-            default: Preset::Text("kv_group"),
-            unit: "",
-            help: "One choice for all heads that share keys, or one a query head",
-            source: "ours; the paper has one a head",
-        },
+        unit(
+            "kv_group",
+            "One choice for all heads that share keys, or one a query head",
+            "ours; the paper has one a head",
+        ),
     ],
     query_dependent: true,
     needs: &[],
@@ -132,10 +129,7 @@ impl Method for TidalDecode {
                 .text("unit_keys")
                 .parse()
                 .expect("one of the choices is a number"),
-            unit: match knobs.text("unit") {
-                "query_head" => Unit::QueryHead,
-                _ => Unit::KvGroup,
-            },
+            unit: unit_of(knobs),
         }))
     }
 }
@@ -175,11 +169,7 @@ impl DecodeSteps for Steps {
             return view.dense();
         }
         if self.tidal.select.contains(&layer) {
-            let units = match self.tidal.unit {
-                Unit::QueryHead => view.rows.geometry.heads,
-                Unit::KvGroup => view.rows.geometry.kv_heads,
-            };
-            self.sets = view.each(units, |unit| self.tidal.choose(view, unit));
+            self.sets = view.each(view.units(self.tidal.unit), |unit| self.tidal.choose(view, unit));
             return view.dense();
         }
         // Layers ascend: the rows of this step have chosen.
@@ -197,10 +187,7 @@ fn cover(view: &PlanView<'_>, rows: &[Runs]) -> Cover {
 impl Tidal {
     /// What each row chooses for a head or group.
     fn choose(&self, view: &PlanView<'_>, unit: usize) -> Vec<Runs> {
-        let heads = match self.unit {
-            Unit::QueryHead => unit..unit + 1,
-            Unit::KvGroup => unit * view.group()..(unit + 1) * view.group(),
-        };
+        let heads = view.heads(self.unit, unit);
         let one = |(row, pos): (usize, u32)| {
             let keys = pos + 1;
             match self.budget.keys(keys as usize) {

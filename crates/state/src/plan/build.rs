@@ -92,6 +92,14 @@ impl Builder {
         self.rows.offsets.push(self.rows.segs.len() as u32);
     }
 
+    /// As [`Builder::push`], of the blocks of `size` keys with these ascending indices.
+    ///
+    /// # Panics
+    /// When all blocks are there.
+    pub fn push_blocks(&mut self, size: u32, indices: &[u32]) {
+        self.push(indices.iter().map(|&b| (b * size, (b + 1) * size)));
+    }
+
     /// The cover.
     ///
     /// # Panics
@@ -154,7 +162,7 @@ impl Cover {
     pub fn from_blocks(block: u32, queries: Range<u32>, keys: u32, lists: &[Vec<u32>]) -> Self {
         let mut builder = Builder::new(block, queries);
         for list in lists {
-            builder.push(list.iter().map(|&b| (b * keys, (b + 1) * keys)));
+            builder.push_blocks(keys, list);
         }
         builder.finish()
     }
