@@ -44,7 +44,7 @@ pub const fn unit(default: &'static str, help: &'static str, source: &'static st
     }
 }
 
-/// The value of [`unit`].
+/// The value of [`unit()`].
 pub fn unit_of(knobs: &Knobs) -> Unit {
     match knobs.text("unit") {
         "query_head" => Unit::QueryHead,
