@@ -21,7 +21,7 @@ rows() {
   echo "== $(date +%T) antefix $*" >&2
   "$antefix" "$@" >> "$out/$file" || { failed=1; echo "failed: antefix $*" >&2; }
 }
-repro() { rows repro.jsonl repro "$@" --json --out "$out"; }
+repro() { rows repro.jsonl repro "$@" --json --out "$out" --write-docs; }
 
 b() { # retrieval heads: table, heat map, masking curve; 12 min
   local model

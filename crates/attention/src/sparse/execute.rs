@@ -1,12 +1,13 @@
 //! The fold of a planned block over the pages that it reads.
 //!
-//! Per partition of 1,024 positions: first the pages that are read in place, ascending, with a bit for every key; then the keys of pages
-//! of which few are read, packed into pages of their own, ascending. Which page goes which way follows from the plan alone, and a page
-//! without a kept key costs nothing. A plan that keeps everything reads every page in place: the bits of dense attention.
+//! Kept keys make partitions of 1,024, in whole pages. In a partition come first the pages before the diagonal that are read in place,
+//! ascending, with a bit for every key; then the keys of pages of which few are read, packed into pages of their own, ascending; then
+//! the pages of the diagonal. All of it follows from the plan alone, and costs are those of the kept keys. A plan that keeps everything
+//! has the partitions of positions, and reads every page in place: the bits of dense attention.
 
 use std::ops::Range;
 
-use antefix_kernels::attend::{self as kernel, AttendScratch, Page, PageMut, StateMut, StateRef, View};
+use antefix_kernels::attend::{self as kernel, Page, PageMut, StateMut, StateRef, View};
 use antefix_kv::KvDtype;
 use antefix_state::plan::{Cover, Plan, Unit};
 use antefix_state::{PAGE_ROWS, PARTITION};
@@ -19,8 +20,6 @@ const TASK_ROWS: usize = 512;
 
 /// A page of which more keys are read than these is read in place. Copying a key costs about a tenth of what a page costs 64 rows.
 const PACKED: u32 = 8;
-
-const PARTITION_PAGES: usize = PARTITION / PAGE_ROWS;
 
 /// The rows of a stretch in pieces for one task each: inside a block of the plan, at most [`TASK_ROWS`] rows of `group` heads.
 ///
@@ -44,18 +43,25 @@ pub(crate) fn pieces(stretch: &Stretch, pos0: usize, group: usize) -> Vec<Range<
     out
 }
 
-/// Keys copied out of pages of which few are read.
+/// Buffers of a task.
 #[derive(Default)]
 pub(crate) struct Scratch {
+    packed: Packed,
+    /// What rows see that see everything.
+    all: Vec<(u32, u32)>,
+    /// The state of one head of a group: `m`, `l`, `acc`.
+    one: [Vec<f32>; 3],
+}
+
+/// Keys and values copied out of pages of which few are read.
+#[derive(Default)]
+struct Packed {
     k16: Vec<u16>,
     v16: Vec<u16>,
     k32: Vec<f32>,
     v32: Vec<f32>,
     /// Keys copied so far.
     count: usize,
-    all: Vec<(u32, u32)>,
-    /// The state of one head of a group: `m`, `l`, `acc`.
-    one: [Vec<f32>; 3],
 }
 
 /// What the rows of one unit read, and how they see it.
@@ -142,120 +148,106 @@ impl Ctx<'_> {
     /// Folds the worker's queries over what they read, partition by partition.
     fn fold(&self, reads: &Reads<'_>, state: &mut StateMut<'_>, worker: &mut Worker) {
         let dim = self.geometry.dim;
+        let rows = worker.visible.len();
+        worker.m.resize(rows, 0.0);
+        worker.l.resize(rows, 0.0);
+        worker.acc.resize(rows * dim, 0.0);
+        kernel::reset(state);
+        let mut from = 0;
+        while let Some(pages) = reads.partition(from) {
+            self.partition(reads, pages.clone(), worker);
+            let Worker { m, l, acc, .. } = &*worker;
+            kernel::merge(state, &StateRef { m, l, acc });
+            from = pages.end;
+        }
+    }
+
+    /// The states of the worker's queries over the keys that they read of `pages`.
+    fn partition(&self, reads: &Reads<'_>, pages: Range<usize>, worker: &mut Worker) {
         let Worker {
             q,
             visible,
             m,
             l,
             acc,
-            kernel,
-            sparse,
+            kernel: scratch,
+            sparse: Scratch { packed, all, .. },
         } = worker;
-        let rows = visible.len();
-        m.resize(rows, 0.0);
-        l.resize(rows, 0.0);
-        acc.resize(rows * dim, 0.0);
-        kernel::reset(state);
-        for (partition, bits) in reads.bits.chunks(PARTITION_PAGES).enumerate() {
-            if bits.iter().all(|&b| b == 0) {
-                continue;
-            }
-            let mut part = StateMut { m, l, acc };
-            kernel::reset(&mut part);
-            let first = partition * PARTITION_PAGES;
-            let queries = (q.as_slice(), visible.as_slice());
-            self.in_place(reads, (first, bits), queries, &mut part, kernel);
-            self.packed(reads, (first, bits), queries, &mut part, (kernel, sparse));
-            kernel::merge(state, &StateRef { m, l, acc });
-        }
-    }
-
-    /// The pages of a partition that are read where they lie.
-    fn in_place(
-        &self,
-        reads: &Reads<'_>,
-        (first, bits): (usize, &[u32]),
-        (q, visible): (&[f32], &[(u32, u32)]),
-        part: &mut StateMut<'_>,
-        scratch: &mut AttendScratch,
-    ) {
-        let here = |i: &usize| reads.in_place(first + i, bits[*i]);
-        let (Some(from), Some(to)) = ((0..bits.len()).find(here), (0..bits.len()).rfind(here)) else {
-            return;
-        };
-        let (views, keys) = self.pages(reads.seq, reads.head, first + from..first + to + 1);
-        let views: Vec<View<'_>> = views
-            .iter()
-            .zip(from..)
-            .map(|(view, i)| View {
-                page: view.page,
-                rows: if here(&i) { bits[i] } else { 0 },
-            })
-            .collect();
-        let start = (first + from) * PAGE_ROWS;
-        kernel::attend(
-            self.cpu,
-            self.geometry.dim,
-            q,
-            visible,
-            self.geometry.softcap,
-            &views,
-            start as u32,
-            keys.min((reads.last - start) as u32),
-            part,
-            scratch,
-        );
-    }
-
-    /// The other keys of a partition, copied side by side.
-    fn packed(
-        &self,
-        reads: &Reads<'_>,
-        (first, bits): (usize, &[u32]),
-        (q, visible): (&[f32], &[(u32, u32)]),
-        part: &mut StateMut<'_>,
-        (scratch, packed): (&mut AttendScratch, &mut Scratch),
-    ) {
-        let few = |i: &usize| bits[*i] != 0 && !reads.in_place(first + i, bits[*i]);
-        packed.count = 0;
         let dim = self.geometry.dim;
-        let pages = self.seqs[reads.seq].kv.pages(self.layer, reads.head);
-        for i in (0..bits.len()).filter(few) {
-            let page = self.pool.page(pages[first + i]);
-            let mut left = bits[i];
-            while left != 0 {
-                packed.push(dim, &page, left.trailing_zeros() as usize);
-                left &= left - 1;
+        let ids = self.seqs[reads.seq].kv.pages(self.layer, reads.head);
+        let view = |i: usize| View {
+            page: self.pool.page(ids[i]),
+            rows: reads.bits[i],
+        };
+        let diagonal = reads.first_query / PAGE_ROWS;
+        let before = pages.start..pages.end.min(diagonal).max(pages.start);
+        let mut views = Vec::new();
+        packed.count = 0;
+        for i in before.clone() {
+            match reads.bits[i].count_ones() {
+                0 => {}
+                1..=PACKED => packed.push_all(dim, &view(i)),
+                _ => views.push(view(i)),
             }
         }
-        if packed.count == 0 {
-            return;
+        packed.views(dim, self.pool.shape().dtype, &mut views);
+        all.clear();
+        all.resize(visible.len(), (0, (views.len() * PAGE_ROWS) as u32));
+
+        let mut part = StateMut { m, l, acc };
+        kernel::reset(&mut part);
+        let mut attend = |visible: &[(u32, u32)], views: &[View<'_>], first: usize, keys: usize| {
+            let softcap = self.geometry.softcap;
+            kernel::attend(
+                self.cpu,
+                dim,
+                q,
+                visible,
+                softcap,
+                views,
+                first as u32,
+                keys as u32,
+                &mut part,
+                scratch,
+            );
+        };
+        attend(all, &views, 0, views.len() * PAGE_ROWS);
+        let views: Vec<_> = (before.end..pages.end).map(view).collect();
+        if !views.is_empty() {
+            let start = before.end * PAGE_ROWS;
+            attend(
+                visible,
+                &views,
+                start,
+                (pages.end * PAGE_ROWS).min(reads.last) - start,
+            );
         }
-        packed.all.clear();
-        packed.all.resize(visible.len(), (0, packed.count as u32));
-        kernel::attend(
-            self.cpu,
-            dim,
-            q,
-            &packed.all,
-            self.geometry.softcap,
-            &packed.pages(dim, self.pool.shape().dtype),
-            0,
-            packed.count as u32,
-            part,
-            scratch,
-        );
     }
 }
 
 impl Reads<'_> {
-    /// Whether page `page`, of which `bits` are read, is read in place: whether it is worth it, or holds keys that only some rows see.
-    fn in_place(&self, page: usize, bits: u32) -> bool {
-        bits.count_ones() > PACKED || bits != 0 && (page + 1) * PAGE_ROWS > self.first_query
+    /// The next pages from `from` on of which [`PARTITION`] keys are read, or what is left; `None` if nothing is.
+    fn partition(&self, from: usize) -> Option<Range<usize>> {
+        let start = from + self.bits[from..].iter().position(|&bits| bits != 0)?;
+        let mut keys = 0;
+        let full = self.bits[start..].iter().position(|bits| {
+            keys += bits.count_ones() as usize;
+            keys >= PARTITION
+        });
+        Some(start..full.map_or(self.bits.len(), |i| start + i + 1))
     }
 }
 
-impl Scratch {
+impl Packed {
+    /// Copies the keys that are read of a page.
+    fn push_all(&mut self, dim: usize, view: &View<'_>) {
+        let mut left = view.rows;
+        while left != 0 {
+            self.push(dim, &view.page, left.trailing_zeros() as usize);
+            left &= left - 1;
+        }
+    }
+
     fn push(&mut self, dim: usize, from: &Page<'_>, from_row: usize) {
         let part = PAGE_ROWS * dim;
         let (page, row) = (self.count / PAGE_ROWS, self.count % PAGE_ROWS);
@@ -282,23 +274,26 @@ impl Scratch {
         self.count += 1;
     }
 
-    fn pages(&self, dim: usize, dtype: KvDtype) -> Vec<View<'_>> {
+    /// Appends the pages of the copied keys.
+    fn views<'a>(&'a self, dim: usize, dtype: KvDtype, out: &mut Vec<View<'a>>) {
         let part = PAGE_ROWS * dim;
-        let one = |page: usize| {
+        out.extend((0..self.count.div_ceil(PAGE_ROWS)).map(|page| {
             let span = page * part..(page + 1) * part;
-            match dtype {
-                KvDtype::Bf16 => Page::Bf16 {
-                    k: &self.k16[span.clone()],
-                    v: &self.v16[span],
+            let keys = PAGE_ROWS.min(self.count - page * PAGE_ROWS);
+            View {
+                page: match dtype {
+                    KvDtype::Bf16 => Page::Bf16 {
+                        k: &self.k16[span.clone()],
+                        v: &self.v16[span],
+                    },
+                    KvDtype::F32 => Page::F32 {
+                        k: &self.k32[span.clone()],
+                        v: &self.v32[span],
+                    },
                 },
-                KvDtype::F32 => Page::F32 {
-                    k: &self.k32[span.clone()],
-                    v: &self.v32[span],
-                },
+                rows: u32::MAX >> (PAGE_ROWS - keys),
             }
-            .into()
-        };
-        (0..self.count.div_ceil(PAGE_ROWS)).map(one).collect()
+        }));
     }
 }
 

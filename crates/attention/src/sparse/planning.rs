@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use antefix_kernels::{cpu::Cpu, team::Team};
 use antefix_kv::Pool;
-use antefix_state::plan::Plan;
+use antefix_state::plan::{Plan, Unit};
 
 use super::view::{PlanView, Summaries};
 use crate::attend::{Geometry, lock};
@@ -200,6 +200,11 @@ impl Planning {
             .and_then(|()| plan.validate(queries.clone()))
             .expect("planners return valid plans");
         tally.add(plan.pairs(queries.clone()));
+        // One pass for all heads of a group is faster than one each.
+        let plan = match plan.is_dense() {
+            true => Plan::dense(Unit::KvGroup, geometry.kv_heads),
+            false => plan,
+        };
         if let Some(record) = &self.record {
             let recall = record.watched.map(|rows| view.recall(&plan, rows));
             lock(&record.plans).push(Planned {

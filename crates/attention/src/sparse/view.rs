@@ -1,5 +1,6 @@
 //! What a planner sees.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -21,6 +22,11 @@ enum Summary {
     Mean,
     /// Least and largest value of each dimension, `[2, D]`.
     Bounds,
+}
+
+thread_local! {
+    /// Weights of some rows: fresh memory of that size would cost a page fault every 4 KiB.
+    static BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// Summaries of full pages, made once: pages do not change once they are full.
@@ -144,7 +150,8 @@ impl PlanView<'_> {
         let (n, pos0) = (self.queries().end as usize, self.rows.pos0 as usize);
         // Rows that are scored together, and whose weights stay in L2.
         const TOGETHER: usize = 8;
-        let mut weights = vec![0.0; TOGETHER * n];
+        let mut weights = BUFFER.take();
+        weights.resize(weights.len().max(TOGETHER * n), 0.0);
         for from in rows.clone().step_by(TOGETHER) {
             let some = from..(from + TOGETHER).min(rows.end);
             let q: Vec<f32> = some.clone().flat_map(|row| self.query(row, head)).collect();
@@ -155,6 +162,7 @@ impl PlanView<'_> {
                 f(row, seen);
             }
         }
+        BUFFER.set(weights);
     }
 
     /// Mean share of the weights of dense attention that `plan` keeps, over all heads and `count` rows in equal

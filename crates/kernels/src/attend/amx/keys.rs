@@ -175,9 +175,9 @@ impl RowTile<'_> {
     pub(super) fn products(&self, pair: &Pair, share: &mut Range<usize>) -> Products {
         let dim = self.call.dim;
         let alone = self.n == self.call.visible.len();
-        let mut after = pair.last().index + 1..self.call.len();
+        let mut after = pair.last().index + 1..self.open.len();
         let pages = if alone { &mut after } else { share };
-        let ahead = [pages.next(), pages.next()].map(|i| match self.call.pages[i?].page {
+        let ahead = [pages.next(), pages.next()].map(|i| match self.call.pages[self.open[i?]].page {
             Page::Bf16 { k, v } => Some((k.as_ptr(), v.as_ptr())),
             Page::F32 { .. } => None,
         });

@@ -76,6 +76,8 @@ pub(super) struct Scratch {
     /// Queries, `[tile][D / 32][high, low][row]`.
     q: Vec<Line>,
     reach: Vec<Reach>,
+    /// Pages of the call that some row may see something of.
+    open: Vec<usize>,
     /// Copies of values with zeros for what no row may see.
     clean: Vec<Line>,
     work: Option<Box<Work>>,
@@ -98,7 +100,7 @@ struct Reach {
 /// A page of a batch.
 #[derive(Clone, Copy)]
 struct Operand {
-    /// Its place among the pages of the call.
+    /// Its place among the open pages of the call.
     index: usize,
     pos: u32,
     valid: usize,
@@ -127,10 +129,13 @@ pub(super) unsafe fn attend(call: &Call<'_>, state: &mut StateMut<'_>, scratch: 
     let Scratch {
         q,
         reach,
+        open,
         clean,
         work,
     } = scratch;
     pack(call, per, q);
+    open.clear();
+    open.extend((0..call.len()).filter(|&i| call.page(i).2 != 0));
     reach.clear();
     reach.extend(call.visible.chunks(per).map(Reach::of));
     let work = work.get_or_insert_with(Work::new);
@@ -144,18 +149,14 @@ pub(super) unsafe fn attend(call: &Call<'_>, state: &mut StateMut<'_>, scratch: 
     }
     .min(BATCH);
     let mut shape = 0;
-    for from in (0..call.len()).step_by(pages) {
+    for from in (0..open.len()).step_by(pages) {
         let mut batch = [None; BATCH];
-        let mut filled = 0;
-        for i in from..call.len().min(from + pages) {
-            let operand = operand(call, i, filled, clean);
-            if operand.open != 0 {
-                batch[filled] = Some(operand);
-                filled += 1;
-            }
+        let end = open.len().min(from + pages);
+        for (slot, index) in (from..end).enumerate() {
+            batch[slot] = Some(operand(call, (index, open[index]), slot, clean));
         }
-        let (tiles, end) = (reach.len(), call.len());
-        let later = end.min(from + pages)..end.min(from + 2 * pages);
+        let tiles = reach.len();
+        let later = end..open.len().min(end + pages);
         for (t, reach) in reach.iter().enumerate() {
             let first = t * per;
             let n = per.min(rows - first);
@@ -166,13 +167,14 @@ pub(super) unsafe fn attend(call: &Call<'_>, state: &mut StateMut<'_>, scratch: 
             }
             let tile = RowTile {
                 call,
+                open,
                 q: &q[first * lines..(first + n) * lines],
                 first,
                 n,
                 reach: *reach,
                 share: later.start + t * later.len() / tiles..later.start + (t + 1) * later.len() / tiles,
             };
-            tile.fold(&batch[..filled], state, work);
+            tile.fold(&batch[..end - from], state, work);
         }
     }
     // SAFETY: the tiles are not used after this.
@@ -192,15 +194,15 @@ fn shapes(n: usize) -> [TileShape; 8] {
     [sums, sums, sums, sums, sums, sums, right, right]
 }
 
-/// Page `i` of the call as the tiles read it. Values that no row may see could be anything, and 0 times anything is not 0: such a
-/// page's values are read from the copy `slot` of `clean`.
-fn operand(call: &Call<'_>, i: usize, slot: usize, clean: &mut Vec<Line>) -> Operand {
+/// Page `i` of the call, number `index` of the open ones, as the tiles read it. Values that no row may see could be anything, and 0
+/// times anything is not 0: such a page's values are read from the copy `slot` of `clean`.
+fn operand(call: &Call<'_>, (index, i): (usize, usize), slot: usize, clean: &mut Vec<Line>) -> Operand {
     let (pos, valid, open) = call.page(i);
     let Page::Bf16 { k, v } = call.pages[i].page else {
         unreachable!("`fits` has looked")
     };
     let mut from = v.as_ptr();
-    if open != u32::MAX && open != 0 {
+    if open != u32::MAX {
         let lines = PAGE_ROWS * call.dim / CHUNK;
         if clean.len() < BATCH * lines {
             clean.resize(BATCH * lines, Line([0; CHUNK]));
@@ -219,7 +221,7 @@ fn operand(call: &Call<'_>, i: usize, slot: usize, clean: &mut Vec<Line>) -> Ope
         from = copy.as_ptr().cast();
     }
     Operand {
-        index: i,
+        index,
         pos,
         valid,
         open,
@@ -285,13 +287,14 @@ impl Reach {
 /// Up to 16 rows of a call.
 struct RowTile<'a> {
     call: &'a Call<'a>,
+    open: &'a [usize],
     q: &'a [Line],
     /// Row of the call that is row 0 of the tile.
     first: usize,
     /// Rows.
     n: usize,
     reach: Reach,
-    /// Pages of the next batch that this tile asks for: each tile some, so that they come evenly.
+    /// Open pages of the next batch that this tile asks for: each tile some, so that they come evenly.
     share: Range<usize>,
 }
 
@@ -333,19 +336,23 @@ impl RowTile<'_> {
                         work.bits[r] = self.bits(page, r);
                     }
                 }
-                if self.weights(full, (now, i), waiting, work, products.as_mut()) {
-                    // The tiles are needed for the values.
-                    if let Some(products) = &mut products {
-                        products.finish(&mut work.s[1 - now]);
+                // A row without a reference needs one first.
+                let fresh = work.shift[..self.n].contains(&f32::NEG_INFINITY);
+                if fresh || self.weights(full, (now, i), waiting, work, products.as_mut()) {
+                    if waiting > 0 {
+                        // The tiles are needed for the values.
+                        if let Some(products) = &mut products {
+                            products.finish(&mut work.s[1 - now]);
+                        }
+                        // SAFETY: `attend` has configured the tiles for `n` rows; `v` are the waiting pages' V parts.
+                        unsafe { self.values(waiting, state, work) };
+                        waiting = 0;
                     }
-                    // SAFETY: `attend` has configured the tiles for `n` rows; `v` are the waiting pages' V parts.
-                    unsafe { self.values(waiting, state, work) };
-                    waiting = 0;
                     if full {
                         work.bits.fill(u32::MAX);
                     }
                     self.raise((now, i), state, work);
-                    self.weights(full, (now, i), waiting, work, None);
+                    self.weights(full, (now, i), waiting, work, products.as_mut());
                 }
                 work.v[waiting] = page.v;
                 waiting += 1;
