@@ -19,8 +19,9 @@ use antefix_engine::{Beside, Budget, Engine, Event, Options, RawJob};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::decoder::Model;
 use antefix_models::spec::Arch;
-use antefix_models::testing::Rng;
 use antefix_models::tokenizer::Tokenizer;
+
+pub use antefix_models::testing::Rng;
 
 use crate::{Answer, Traffic, engine, tiny};
 

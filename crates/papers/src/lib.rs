@@ -11,6 +11,8 @@ mod case;
 pub mod heads;
 #[cfg(test)]
 mod plan_case;
+#[cfg(test)]
+mod plan_laws;
 pub mod repro;
 
 // papers: first
@@ -47,8 +49,10 @@ pub const ALL: &[&dyn Method] = &[
     &kv_baselines::h2o::H2o,
     &jrt::Jrt,
     &rope_scaling::llama3::Llama3,
+    &sparse_baselines::MInference,
     &rope_scaling::ntk::NtkAware,
     &rope_scaling::parts::NtkByParts,
+    &sparse_baselines::OracleTopK,
     &rope_scaling::pi::PositionInterpolation,
     &kv_baselines::pyramidkv::PyramidKv,
     &sparse_baselines::Quest,
@@ -59,6 +63,7 @@ pub const ALL: &[&dyn Method] = &[
     &kv_baselines::snapkv::SnapKv,
     &kv_baselines::StreamingLlm,
     &tidaldecode::TidalDecode,
+    &sparse_baselines::XAttention,
     &rope_scaling::yarn::Yarn,
     // methods: last
 ];
@@ -95,8 +100,10 @@ pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ),
     ("h2o", "A baseline of `compresskv`."),
     ("llama3_rope", "A baseline of `entropy_abf`."),
+    ("minference", "A baseline of planners."),
     ("ntk_aware", "A baseline of `entropy_abf`."),
     ("ntk_by_parts", "A baseline of `entropy_abf`."),
+    ("oracle_topk", "No paper: an upper bound for planners."),
     ("position_interpolation", "A baseline of `entropy_abf`."),
     ("pyramidkv", "A baseline of `compresskv`."),
     ("quest", "A baseline of `tidaldecode`."),
@@ -114,5 +121,6 @@ pub const WITHOUT_REPRO: &[(&str, &str)] = &[
         "tidaldecode",
         "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
     ),
+    ("xattention", "A baseline of planners."),
     ("yarn", "A baseline of `entropy_abf`."),
 ];

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Chosen, Cover, DecodePlanner, Facts, Knobs, Method, Planner, Profiles, Program, RawChoice, Rig, Unit,
+    Chosen, Cover, DecodePlanner, Facts, Knobs, Method, Planner, Profiles, Program, RawChoice, Rig, RigError,
+    Unit,
 };
 use antefix_attention::sparse::{Planned, Planning};
 use antefix_attention::{Extra, Geometry, Scratch, SeqRows, Sharing, attend};
@@ -143,10 +144,32 @@ impl PlanCase {
         )
     }
 
-    /// The plans of the first layer of a prompt, computed at once: one a stretch.
+    /// Its first `n` tokens.
+    pub(crate) fn first(&self, n: usize) -> Self {
+        let g = self.geometry;
+        let cut = |(q, k): &(Vec<f32>, Vec<f32>)| {
+            (
+                q[..n * g.heads * g.dim].to_vec(),
+                k[..n * g.kv_heads * g.dim].to_vec(),
+            )
+        };
+        let layers: Vec<_> = self.layers.iter().map(cut).collect();
+        let mut case = Self::layered(Shape(g.heads, g.kv_heads, g.dim), &layers);
+        case.geometry = g;
+        case
+    }
+
+    /// The plans of a prompt, computed at once: by layer, one a stretch.
     pub(crate) fn plans(&self, planner: &Arc<dyn Planner>) -> Vec<Planned> {
+        self.plans_from(planner, 0)
+    }
+
+    /// The same of the rows from `from` on: those before them came out of a cache.
+    pub(crate) fn plans_from(&self, planner: &Arc<dyn Planner>, from: usize) -> Vec<Planned> {
         let planning = Planning::new(Some(Arc::clone(planner)), None, usize::MAX).recording();
-        self.attend(&planning, 0, 0..self.n);
+        for layer in 0..self.layers.len() {
+            self.attend(&planning, layer, from..self.n);
+        }
         planning.take_plans()
     }
 
@@ -233,6 +256,12 @@ pub(crate) fn planner(method: &'static dyn Method, settings: &str) -> Arc<dyn Pl
     Arc::clone(program.planner().expect("it plans"))
 }
 
+/// The same of settings that may not go.
+pub(crate) fn planner_with(method: &'static dyn Method, knobs: Knobs) -> Result<Arc<dyn Planner>, RigError> {
+    let program = assemble(method, knobs)?;
+    Ok(Arc::clone(program.planner().expect("it plans")))
+}
+
 /// The same for drawn tokens.
 pub(crate) fn decode_planner(method: &'static dyn Method, settings: &str) -> Arc<dyn DecodePlanner> {
     let program = program(method, settings);
@@ -242,10 +271,10 @@ pub(crate) fn decode_planner(method: &'static dyn Method, settings: &str) -> Arc
 fn program(method: &'static dyn Method, settings: &str) -> Program {
     let raw = RawChoice::parse(&format!("{},{settings}", method.card().name)).expect("well written");
     let knobs = Knobs::new(method.card(), &raw.knobs).expect("in range");
-    Rig::assemble(
-        &Facts::example(),
-        &Profiles::default(),
-        &[Chosen { method, knobs }],
-    )
-    .expect("it goes")
+    assemble(method, knobs).expect("it goes")
+}
+
+fn assemble(method: &'static dyn Method, knobs: Knobs) -> Result<Program, RigError> {
+    let chosen = [Chosen { method, knobs }];
+    Rig::assemble(&Facts::example(), &Profiles::default(), &chosen)
 }

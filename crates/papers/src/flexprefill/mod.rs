@@ -43,15 +43,13 @@ use antefix_attention::method::{
     RigError, Unit,
 };
 
+use crate::sparse_baselines::Projection;
 use crate::sparse_baselines::knobs::{block, block_rows, chunk, unit, unit_of};
 use crate::sparse_baselines::select::{best, prefix};
 
-mod projection;
 pub mod reference;
 #[cfg(test)]
 mod tests;
-
-use projection::Projection;
 
 /// The method.
 pub struct FlexPrefill;

@@ -76,31 +76,31 @@ pub const fn sinks(default: i64, source: &'static str) -> Knob {
     }
 }
 
-/// Share of the keys before it that a drawn token reads.
-pub const fn share(default: f64, source: &'static str) -> Knob {
+/// Share of the keys that are read.
+pub const fn share(default: f64, help: &'static str, source: &'static str) -> Knob {
     Knob {
         name: "share",
         kind: Kind::above(0.0, 1.0),
         default: Preset::Float(default),
         unit: "",
-        help: "Share of the keys that a drawn token reads in a sparse layer",
+        help,
         source,
     }
 }
 
-/// Keys that a drawn token reads at least.
+/// Keys that are read at least.
 pub const fn least(default: i64, source: &'static str) -> Knob {
     Knob {
         name: "least",
         kind: Kind::int(1, 1 << 20),
         default: Preset::Int(default),
         unit: "keys",
-        help: "Keys that it reads at least; texts of no more are dense",
+        help: "Keys that are read at least; texts of no more are dense",
         source,
     }
 }
 
-/// How many keys a drawn token reads.
+/// How many keys are read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Budget {
     /// [`share`].

@@ -3,14 +3,22 @@
 mod a_shape;
 mod block_topk;
 pub mod knobs;
+mod minference;
+mod oracle;
+mod projection;
 mod quest;
 mod random;
 pub mod reference;
 pub mod select;
 #[cfg(test)]
 mod tests;
+mod xattention;
 
 pub use a_shape::AShape;
 pub use block_topk::BlockTopK;
+pub use minference::MInference;
+pub use oracle::OracleTopK;
+pub(crate) use projection::Projection;
 pub use quest::Quest;
 pub use random::RandomBlocks;
+pub use xattention::XAttention;

@@ -54,7 +54,11 @@ static CARD: Card = Card {
         reference: "ICML 2024, arXiv 2406.10774",
     },
     knobs: &[
-        share(0.0625, "ours; the paper has 256 to 4096 keys"),
+        share(
+            0.0625,
+            "Share of the keys that a drawn token reads in a sparse layer",
+            "ours; the paper has 256 to 4096 keys",
+        ),
         least(512, "ours"),
         Knob {
             name: "dense_layers",
