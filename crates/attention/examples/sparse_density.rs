@@ -130,7 +130,9 @@ impl Bench {
             scratch,
         )
         .unwrap();
-        let spent = started.elapsed() - planning.as_ref().map_or_else(Default::default, Planning::time);
+        let spent = started
+            .elapsed()
+            .saturating_sub(planning.as_ref().map_or_else(Default::default, Planning::time));
         let density = planning.and_then(|p| p.density()).unwrap_or(1.0);
         (spent.as_secs_f64() * 1e6, density)
     }
