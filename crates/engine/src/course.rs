@@ -51,6 +51,8 @@ pub struct PlanReport {
 /// The methods of one sequence at work. A sequence that lost its memory starts its course again and comes to the same state.
 pub(crate) struct Course {
     program: Arc<Program>,
+    /// Whether what it did is told.
+    reported: bool,
     angles: Option<Arc<Angles>>,
     planning: Option<Planning>,
     decider: Option<Decider>,
@@ -99,6 +101,7 @@ impl Course {
             angles: rotation.map(|r| model.angles(r)),
             planning: Planning::of(&program, job.tokens.len()),
             program,
+            reported: job.reported,
             decider,
             decide_at,
             prompt: job.tokens.len(),
@@ -252,9 +255,9 @@ impl Course {
         Ok(())
     }
 
-    /// What the methods did; `None` for dense attention.
+    /// What the methods did; `None` if the request named none.
     pub(crate) fn report(&self, pool: &Pool, state: &SeqState) -> Option<MethodReport> {
-        if self.program.is_dense() {
+        if !self.reported {
             return None;
         }
         let dense = pool.bytes_for(state.done());

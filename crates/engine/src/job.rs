@@ -63,7 +63,8 @@ pub struct RawJob {
     pub hooks: Option<Arc<Observer>>,
     /// Where documents lie in the prompt: ascending, disjoint, not empty.
     pub documents: Vec<Range<usize>>,
-    /// The methods that it runs under; none = dense attention.
+    /// The methods that it runs under; none = dense attention. A report of methods comes with its end where there is a program, even if
+    /// that is dense.
     pub program: Option<Arc<Program>>,
     /// The cache policy decides behind the last document, and the question is computed on what it left; otherwise it decides behind
     /// the whole prompt, and knows the question.
@@ -181,6 +182,8 @@ pub struct Job {
     pub(crate) constraint: Option<BoxedConstraint>,
     pub(crate) hooks: Option<Arc<Observer>>,
     pub(crate) program: Arc<Program>,
+    /// Whether the request named a program.
+    pub(crate) reported: bool,
     /// Tokens of the prompt before methods rewrote it.
     pub(crate) prompt_before: usize,
     /// Tokens of the prompt behind which its cache policy decides first.
@@ -249,6 +252,7 @@ impl Job {
             want_logits: raw.want_logits,
             constraint: raw.constraint,
             hooks: raw.hooks,
+            reported: raw.program.is_some(),
             program: raw.program.unwrap_or_default(),
             prompt_before: prompt,
             decide_at: prompt,

@@ -52,7 +52,7 @@ use axum::response::Response;
 use tokio::net::TcpListener;
 
 pub use auth::{KeyConfig, KeyError};
-pub use methods::Offer;
+pub use methods::{Offer, OfferError};
 pub use net::ClientLimits;
 pub use remembered::RememberLimits;
 pub use tiers::{CacheConfig, DiskConfig, RemoteConfig};
@@ -106,6 +106,9 @@ pub enum ServerError {
     /// An API key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The methods that hold where a request is silent.
+    #[error(transparent)]
+    Methods(#[from] OfferError),
     /// The model cannot be told from others, so nothing can be cached for it on disk.
     #[error(transparent)]
     Identity(#[from] antefix_engine::IdentityError),
@@ -127,7 +130,7 @@ impl Server {
     /// Starts the engine's thread.
     ///
     /// # Errors
-    /// On a senseless key, or when there is no thread.
+    /// On a senseless key, on methods that cannot hold where a request is silent, or when there is no thread.
     pub fn start(
         model: &Arc<Model>,
         tokenizer: &Arc<Tokenizer>,
@@ -135,6 +138,8 @@ impl Server {
         config: Config,
     ) -> Result<Self, ServerError> {
         let tenants = auth::Tenants::new(&config.keys)?;
+        let facts = model.facts();
+        config.offer.check(&facts)?;
         let meters = Arc::new(meters::Meters::new());
         let cache = tiers::open(&config.cache, model)?;
         let make = {
@@ -158,7 +163,7 @@ impl Server {
             strict: config.strict,
             offer: config.offer.clone(),
             traces: config.analysis.map(traces::Traces::new).map(Arc::new),
-            facts: model.facts(),
+            facts,
             body_bytes: config.body_bytes,
             body_timeout: config.body_timeout,
             request_timeout: config.request_timeout,

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use antefix_attention::hooks::HookSpec;
 use antefix_attention::method::{
-    Axis, Card, Method, Profiles, Program, RawChoice, RawMethods, Rig, Trust, find,
+    Axis, BandError, Bands, Card, ChoiceError, DENSE, Facts, Method, Profiles, Program, RawChoice,
+    RawMethods, Rig, RigError, Trust, find,
 };
-use antefix_attention::method::{ChoiceError, DENSE, Facts};
 use antefix_engine::{Done, MethodReport};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -27,6 +27,39 @@ pub struct Offer {
     pub profiles: Profiles,
     /// What holds on the axes about which a request says nothing.
     pub defaults: RawMethods,
+    /// What holds there before `defaults`, by the length of the prompt.
+    pub bands: Bands,
+}
+
+/// Why the server's own choice of methods cannot hold.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfferError {
+    /// A name or a setting of `defaults`.
+    #[error("in `methods`: {0}")]
+    Choice(ChoiceError),
+    /// Methods of `defaults` that do not go together or do not fit the model.
+    #[error("in `methods`: {0}")]
+    Rig(RigError),
+    /// One of the bands.
+    #[error("in the profile: {0}")]
+    Band(BandError),
+}
+
+impl Offer {
+    /// Checks what holds where a request is silent.
+    ///
+    /// # Errors
+    /// When a name or a knob is wrong, or methods do not go together or do not fit the model.
+    pub(crate) fn check(&self, facts: &Facts) -> Result<(), OfferError> {
+        let defaults = self.defaults.resolve(self.methods, Trust::Remote);
+        Rig::assemble(facts, &self.profiles, &defaults.map_err(OfferError::Choice)?)
+            .map_err(OfferError::Rig)?;
+        let known = (self.methods, Trust::Remote);
+        self.bands
+            .fit(known, (facts, &self.profiles), &self.defaults)
+            .map_err(OfferError::Band)
+    }
 }
 
 /// A text that the question is about.
@@ -43,6 +76,8 @@ struct Document {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Asked {
     methods: RawMethods,
+    /// What it says nothing about is dense, whatever the server would choose.
+    dense: bool,
     pub(crate) documents: Vec<String>,
     /// The cache policy decides behind the documents, before it sees the question.
     pub(crate) question_after_cut: bool,
@@ -100,7 +135,8 @@ impl Asked {
                 .0
                 .insert(axis, RawChoice::deserialize(value).map_err(wrong)?);
         }
-        if let Some(text) = short.filter(|text| *text != DENSE && *text != "exact") {
+        asked.dense = short.is_some_and(|text| text == DENSE || text == "exact");
+        if let Some(text) = short.filter(|_| !asked.dense) {
             let raw = RawChoice::parse(text).map_err(|e| refused("method", &e))?;
             let axis = find(offer.methods, &raw.name)
                 .map_err(|e| refused("method", &e))?
@@ -118,21 +154,64 @@ impl Asked {
         Ok(asked)
     }
 
-    /// The checked program on a model; `None` for dense attention.
+    /// The checked programs on a model of prompts of so many tokens each; `None` for dense attention that nobody chose.
     ///
     /// # Errors
     /// When a name or a knob is wrong, or the methods do not go together.
-    pub(crate) fn program(self, offer: &Offer, facts: &Facts) -> Result<Option<Arc<Program>>, ApiError> {
-        let chosen = self
-            .methods
-            .or(&offer.defaults)
+    pub(crate) fn programs(
+        &self,
+        offer: &Offer,
+        facts: &Facts,
+        lengths: impl Iterator<Item = usize>,
+    ) -> Result<Vec<Option<Arc<Program>>>, ApiError> {
+        // Prompts of one band have one program.
+        let mut known: Vec<(Option<usize>, Option<Arc<Program>>)> = Vec::new();
+        lengths
+            .map(|tokens| {
+                let band = offer.bands.at(tokens);
+                let from = band.map(|band| band.from);
+                if let Some((_, program)) = known.iter().find(|(known, _)| *known == from) {
+                    return Ok(program.clone());
+                }
+                let none = RawMethods::default();
+                let program = self.program(offer, facts, band.map_or(&none, |band| &band.methods))?;
+                let program = Some(program)
+                    .filter(|program| band.is_some() || !program.is_dense())
+                    .map(Arc::new);
+                known.push((from, program.clone()));
+                Ok(program)
+            })
+            .collect()
+    }
+
+    /// What holds if `band` does where the request says nothing.
+    fn program(&self, offer: &Offer, facts: &Facts, band: &RawMethods) -> Result<Program, ApiError> {
+        let own = self.methods.clone();
+        let methods = match self.dense {
+            true => own,
+            false => own.or(band).or(&offer.defaults),
+        };
+        let chosen = methods
             .resolve(offer.methods, Trust::Remote)
             .map_err(|e| refused("antefix", &e))?;
-        if chosen.is_empty() {
-            return Ok(None);
-        }
-        let program = Rig::assemble(facts, &offer.profiles, &chosen);
-        Ok(Some(Arc::new(program.map_err(|e| refused("antefix", &e))?)))
+        Rig::assemble(facts, &offer.profiles, &chosen).map_err(|e| {
+            let servers: Vec<&str> = methods
+                .0
+                .iter()
+                .filter(|(axis, raw)| !self.methods.0.contains_key(axis) && raw.name != DENSE)
+                .map(|(axis, _)| axis.name())
+                .collect();
+            match servers.is_empty() {
+                true => refused("antefix", &e),
+                false => ApiError::param(
+                    "antefix",
+                    format!(
+                        "{e}\nhint: the server chose the method of {}; \"dense\" there turns it off",
+                        servers.join(", ")
+                    ),
+                ),
+            }
+        })
     }
 }
 

@@ -253,7 +253,8 @@ impl Knobs {
         let question_after_cut = asked.question_after_cut;
         let deadline = self.patience.deadline(asked.deadline);
         let hooks = asked.hooks.clone();
-        let program = asked.program(&app.offer, &app.facts)?;
+        let lengths = prompts.iter().map(|p| p.tokens.len());
+        let programs = asked.programs(&app.offer, &app.facts, lengths)?;
         let watching = match &hooks {
             None => None,
             Some(spec) => {
@@ -262,7 +263,8 @@ impl Knobs {
                 let sizes =
                     |p: &WithDocuments| std::iter::repeat_n((p.tokens.len(), room(p.tokens.len())), count);
                 let sizes: Vec<_> = prompts.iter().flat_map(sizes).collect();
-                Some(traces.watch(&plan, tenant, &sizes, program.is_none(), || app.id("trace"))?)
+                let known = programs.iter().flatten().all(|p| p.is_dense());
+                Some(traces.watch(&plan, tenant, &sizes, known, || app.id("trace"))?)
             }
         };
         let sampling = self.sampling()?;
@@ -279,7 +281,7 @@ impl Knobs {
             None => None,
         };
         let mut jobs = Vec::with_capacity(sequences);
-        for prompt in prompts {
+        for (prompt, program) in prompts.into_iter().zip(programs) {
             for i in 0..count {
                 let observer = |w: &Watching| w.observer(jobs.len());
                 jobs.push(RawJob {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use antefix_attention::method::RawMethods;
+use antefix_attention::method::{Bands, RawMethods};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
@@ -147,6 +147,114 @@ async fn the_servers_profile_holds_where_a_request_says_nothing() {
     assert_eq!(answer["antefix"]["method"], "streaming_llm", "{answer}");
     let (_, answer) = complete(&app, &ask(&long_prompt(), json!({"kv": "dense"}))).await;
     assert!(answer.get("antefix").is_none(), "{answer}");
+}
+
+fn bands(text: Value) -> Bands {
+    Bands::new(serde_json::from_value(text).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn the_length_of_a_prompt_chooses_where_a_request_says_nothing() {
+    let by_length = bands(json!([
+        {"below": 60, "prefill": "dense"},
+        {"from": 60, "prefill": "a_shape,window=16,sinks=4", "decode": "quest"},
+    ]));
+    let defaults: RawMethods = serde_json::from_value(json!({"kv": "streaming_llm,budget=4096"})).unwrap();
+    let app = server_with(|config| {
+        config.offer.bands = by_length;
+        config.offer.defaults = defaults;
+    })
+    .app();
+    let (long, short) = (long_prompt(), "the quick brown fox");
+    let (_, answer) = complete(&app, &ask(&long, json!({}))).await;
+    let tokens = answer["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!(tokens > 60, "{answer}");
+    assert_eq!(
+        answer["antefix"]["method"], "a_shape+quest+streaming_llm",
+        "{answer}"
+    );
+    assert!(answer["antefix"]["density"].as_f64().unwrap() < 1.0);
+    // Prompts of one request are of their own lengths.
+    let both = json!({"prompt": [short, long], "max_tokens": 1, "antefix": {"kv": "dense"}});
+    let (status, answer) = complete(&app, &both).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    // The report is that of the first prompt: dense, because the profile says so.
+    let report = &answer["antefix"];
+    assert_eq!(
+        (&report["method"], &report["exact"]),
+        (&json!("dense"), &json!(true)),
+        "{answer}"
+    );
+
+    // What a request says, wins: one axis, all axes, and a knob.
+    let (_, answer) = complete(&app, &ask(&long, json!({"prefill": "dense"}))).await;
+    assert_eq!(answer["antefix"]["method"], "quest+streaming_llm", "{answer}");
+    let (_, answer) = complete(&app, &ask(&long, json!({"prefill": "a_shape,window=8"}))).await;
+    let settings = answer["antefix"]["settings"].as_str().unwrap();
+    assert!(
+        settings.starts_with("a_shape,") && settings.contains("window=8 "),
+        "{settings}"
+    );
+    let mut body = ask(&long, json!({}));
+    body["method"] = json!("dense");
+    let (_, answer) = complete(&app, &body).await;
+    assert_eq!(answer["antefix"]["method"], "dense", "{answer}");
+    let alone = complete(&server_with(|_| {}).app(), &ask(&long, json!({})))
+        .await
+        .1;
+    assert_eq!(drawn(&answer), drawn(&alone));
+
+    // What does not go with the server's choice is told whose it was.
+    let mut body = ask(
+        &long,
+        json!({"context": "ape", "documents": [{"text": "one two three"}]}),
+    );
+    body["max_tokens"] = json!(1);
+    let (status, refused) = complete(&app, &body).await;
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert!(
+        message.contains("the server chose the method of prefill, decode, kv"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_server_does_not_start_with_methods_that_cannot_hold() {
+    let start = |change: &dyn Fn(&mut antefix_server::Config)| common::start(|config| change(config));
+    for (band, why) in [
+        (
+            json!([{"prefill": "flexprefil"}]),
+            "there is no method `flexprefil`",
+        ),
+        (
+            json!([{"from": 9, "decode": "quest,share=2"}]),
+            "in the band from 9: `quest`: knob `share`",
+        ),
+        (
+            json!([{"kv": "streaming_llm,budget=4,sinks=4"}]),
+            "4 sinks leave nothing",
+        ),
+        (
+            json!([{"prefill": "a_shape", "context": "ape"}]),
+            "do not go together",
+        ),
+    ] {
+        let error = start(&|config| config.offer.bands = bands(band.clone()))
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            error.starts_with("in the profile: ") && error.contains(why),
+            "{error}"
+        );
+    }
+    let bad: RawMethods = serde_json::from_value(json!({"kv": "quest"})).unwrap();
+    let error = start(&|config| config.offer.defaults = bad.clone())
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("write it under `decode`"), "{error}");
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 //! A method is a value that hangs data on the seams of a [`Rig`]; it never touches a running model. Its [`Card`] says all that others
 //! need to know of it, so that help texts, `/v1/methods`, the pages under `docs/methods/` and the tests are made from cards.
 
+mod bands;
 mod card;
 mod choice;
 mod facts;
@@ -19,6 +20,7 @@ mod rotation;
 #[cfg(test)]
 mod tests;
 
+pub use bands::{Band, BandError, Bands};
 pub use card::{Axis, Card, Kind, Knob, Need, Paper, Preset};
 pub use choice::{Chosen, DENSE, RawChoice, RawMethods, find};
 pub use facts::{Facts, LayerFacts};

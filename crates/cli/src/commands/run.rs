@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use antefix_attention::method::Trust;
 use antefix_engine::{Engine, Event, MethodReport, RawJob, RawSampling, Usage};
 use antefix_models::documents::{self, WithDocuments};
 use antefix_models::template::Message;
@@ -10,7 +11,7 @@ use anyhow::anyhow;
 
 use crate::failure::Failure;
 use crate::hooks::HookArgs;
-use crate::method::{DocumentArgs, MethodArgs};
+use crate::method::{DocumentArgs, MethodArgs, ProfileArgs};
 use crate::model::{Loaded, ModelArgs, RunArgs};
 
 /// How to choose tokens: llama.cpp's names; greedy by default.
@@ -85,6 +86,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
+    profile: ProfileArgs,
+    #[command(flatten)]
     documents: DocumentArgs,
     /// Tokens of the answer at most
     #[arg(short = 'n', long, default_value_t = 512)]
@@ -115,8 +118,11 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         args.prompt
     };
     let texts = args.documents.read()?;
+    let profile = args.profile.read()?;
     let loaded = Loaded::new(&args.model, &args.run)?;
-    let program = args.method.program(&loaded.model)?;
+    if let Some(profile) = &profile {
+        profile.fit(&loaded.model, &args.model.model, Trust::Local)?;
+    }
     let template = if args.raw { None } else { loaded.template()? };
     let prompt = match texts.is_empty() {
         true => prompt,
@@ -141,6 +147,12 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
                 documents: Vec::new(),
             }
         }
+    };
+    let program = match &profile {
+        None => args.method.program(&loaded.model)?,
+        Some(profile) => args
+            .method
+            .program_by_length(&loaded.model, profile, prompt.tokens.len())?,
     };
     let reuses = program.as_ref().is_some_and(|p| p.chunk_use().is_some());
     let mut engine = match reuses {

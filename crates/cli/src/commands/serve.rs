@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use antefix_attention::method::RawMethods;
+use antefix_attention::method::{RawMethods, Trust};
 use antefix_engine::{Beside, Budget, Options};
 use antefix_kv::Pool;
 use antefix_server::{
@@ -15,6 +15,7 @@ use anyhow::{Context, anyhow};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
+use crate::method::Profile;
 use crate::model::{Loaded, ModelArgs, PrecisionArg, RunArgs, chunk_folder};
 
 /// Tokens of a sequence at most, if nobody says otherwise.
@@ -82,6 +83,9 @@ pub(crate) struct Args {
     /// Jinja file to use instead of the model's chat template
     #[arg(long)]
     chat_template: Option<PathBuf>,
+    /// Methods by length of the prompt, where a request chooses none: a TOML file such as `antefix tune` writes
+    #[arg(long, value_name = "FILE", env = "ANTEFIX_PROFILE")]
+    profile: Option<PathBuf>,
     /// Let requests read and change activations (docs/hooks.md): traces tell what prompts said
     #[arg(long)]
     analysis: bool,
@@ -142,7 +146,9 @@ struct Settings {
     stalled_s: u64,
     remember_mib: usize,
     threads: Option<usize>,
-    /// `[methods]`: what holds for requests that say nothing about an axis.
+    /// A file of methods by length of the prompt: what holds for requests that say nothing about an axis.
+    profile: Option<PathBuf>,
+    /// `[methods]`: what holds where neither a request nor the profile says anything.
     methods: RawMethods,
     cache_remote: Option<RemoteConfig>,
     #[serde(skip_serializing)]
@@ -183,6 +189,7 @@ impl Default for Settings {
             stalled_s: clients.stalled.as_secs(),
             remember_mib: RememberLimits::default().bytes >> 20,
             threads: None,
+            profile: None,
             methods: RawMethods::default(),
             keys: Vec::new(),
         }
@@ -226,6 +233,7 @@ impl Settings {
         s.cache_ttl_s = args.cache_ttl_s.or(s.cache_ttl_s);
         s.threads = args.threads.or(s.threads);
         s.chat_template = args.chat_template.clone().or(s.chat_template);
+        s.profile = args.profile.clone().or(s.profile);
         s.analysis |= args.analysis;
         s.request_timeout = args.request_timeout.or(s.request_timeout);
         s.otlp_endpoint = args.otlp_endpoint.clone().or(s.otlp_endpoint);
@@ -302,9 +310,20 @@ fn spare_memory() -> usize {
 
 pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let settings = Settings::new(&args)?;
+    // What is wrong with it is wrong for requests of others, too.
+    let read = |file: &PathBuf| Profile::read(file, Trust::Remote);
+    let profile = settings
+        .profile
+        .as_ref()
+        .map(read)
+        .transpose()?
+        .unwrap_or_default();
     if args.print_config {
         let text = toml::to_string_pretty(&settings).map_err(Failure::other)?;
         super::line(text.trim_end())?;
+        for band in profile.bands.iter() {
+            super::line(format!("# {band}"))?;
+        }
         for key in &settings.keys {
             super::line(format!("# key `{}`", key.name))?;
         }
@@ -320,6 +339,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         precision: args.precision,
     };
     let loaded = Loaded::new(&which, &how)?;
+    profile.fit(&loaded.model, &settings.model, Trust::Remote)?;
     let template = match &settings.chat_template {
         Some(path) => Some(loaded.template_from(path)?),
         None => loaded.template()?,
@@ -369,6 +389,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             always: antefix_papers::ALWAYS,
             profiles: crate::method::profiles()?,
             defaults: settings.methods,
+            bands: profile.bands,
         },
         analysis: settings.analysis.then(Analysis::default),
         request_timeout: settings

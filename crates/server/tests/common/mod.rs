@@ -11,7 +11,7 @@ use antefix_engine::{Budget, Options};
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
 use antefix_models::template::ChatTemplate;
-use antefix_server::{CacheConfig, ClientLimits, Config, Limits, Offer, RememberLimits, Server};
+use antefix_server::{CacheConfig, ClientLimits, Config, Limits, Offer, RememberLimits, Server, ServerError};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
@@ -22,6 +22,10 @@ use tower::ServiceExt;
 const TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]";
 
 pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
+    start(change).unwrap()
+}
+
+pub(crate) fn start(change: impl FnOnce(&mut Config)) -> Result<Server, ServerError> {
     let (model, tokenizer) = antefix_conformance::tiny(Arch::Llama, Cpu::best(), 1);
     let template = ChatTemplate::new(TEMPLATE, "", "").unwrap();
     let mut config = Config {
@@ -51,7 +55,7 @@ pub(crate) fn server_with(change: impl FnOnce(&mut Config)) -> Server {
         cache: CacheConfig::default(),
     };
     change(&mut config);
-    Server::start(&model, &tokenizer, Some(template), config).unwrap()
+    Server::start(&model, &tokenizer, Some(template), config)
 }
 
 pub(crate) fn post(path: &str, body: &Value) -> Request<Body> {
