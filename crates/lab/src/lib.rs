@@ -16,6 +16,7 @@ pub mod plot;
 pub mod repro;
 pub mod reuse;
 pub mod sparse;
+pub mod sparsity;
 pub mod tasks;
 pub mod together;
 

@@ -21,6 +21,7 @@ use crate::failure::Failure;
 use crate::model::{self, ModelArgs, RunArgs};
 
 mod ape;
+mod sparsity;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -32,6 +33,8 @@ pub(crate) struct Args {
 enum What {
     /// What every head reads of a text: sinks, window, entropy, top keys
     Attention(AttentionArgs),
+    /// How sparse every head's own attention is: which share of the keys carries 90, 95 and 99 % of the weight
+    Sparsity(sparsity::Args),
     /// Which heads retrieve, copy or sink: a profile that methods choose heads by
     Heads(HeadsArgs),
     /// Which temperature and scale of method ape suit a model and its prompts
@@ -131,6 +134,7 @@ struct HeadsArgs {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     match &args.what {
         What::Attention(args) => attention(args),
+        What::Sparsity(args) => sparsity::run(args),
         What::Heads(args) => heads(args),
         What::Ape(args) => ape::run(args),
     }

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use antefix_attention::sparse::{Planned, json as plan_json, picture};
 use antefix_kv::Pool;
 use antefix_lab::plans::{PlansError, plans};
-use antefix_models::tokenizer::Specials;
 use anyhow::anyhow;
 use serde_json::json;
 
-use super::{json_line, line};
+use super::{json_line, line, text_tokens};
 use crate::failure::Failure;
 use crate::method::MethodArgs;
 use crate::model::{Loaded, ModelArgs, RunArgs};
@@ -48,11 +47,7 @@ fn show_plans(args: &Args, file: &Path) -> Result<(), Failure> {
             "`--plan` needs a method\nhint: --method flexprefill"
         )));
     };
-    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
-    let tokens: Vec<u32> = bos
-        .into_iter()
-        .chain(tokenizer.encode_bytes(&text, Specials::Plain))
-        .collect();
+    let tokens = text_tokens(&tokenizer, &text);
     let context = program.context(model.spec().context);
     if tokens.len() > context {
         return Err(Failure::Input(anyhow!(

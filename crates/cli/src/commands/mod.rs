@@ -21,6 +21,7 @@ pub(crate) mod tokenize;
 
 use std::io::Write;
 
+use antefix_models::tokenizer::{Specials, Tokenizer};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -51,4 +52,12 @@ pub(crate) fn read(file: &std::path::Path) -> Result<Vec<u8>, Failure> {
     bytes.map_err(|e| {
         Failure::Input(anyhow::Error::new(e).context(format!("`{}` cannot be read", file.display())))
     })
+}
+
+/// A text as it is, with the begin token where the model wants one.
+fn text_tokens(tokenizer: &Tokenizer, text: &[u8]) -> Vec<u32> {
+    let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+    bos.into_iter()
+        .chain(tokenizer.encode_bytes(text, Specials::Plain))
+        .collect()
 }
