@@ -102,3 +102,72 @@ fn sparsity_is_told_by_layer_and_head() {
     let empty = dir.run(&["analyse", "sparsity", "empty"]);
     assert!(empty.status.success() || empty.status.code() == Some(2));
 }
+
+#[test]
+fn plans_are_written_drawn_and_executed_again() {
+    let dir = Dir::new("replay");
+    let method = "flexprefill,gamma=0.6,min_budget=32,block=32,rows=16,chunk=8";
+    let plan = |more: &[&str]| dir.run(&[&["explain", "--plan", "0.txt", "--method", method], more].concat());
+    let written = plan(&["--live", "--json"]);
+    assert!(
+        written.status.success(),
+        "{}",
+        String::from_utf8_lossy(&written.stderr)
+    );
+    fs::write(dir.0.join("plans.jsonl"), &written.stdout).unwrap();
+    let words = ["explain", "--plan", "--replay", "plans.jsonl", "0.txt", "--json"];
+    let [done] = &dir.lines(&[&words[..], &["--method", method]].concat())[..] else {
+        panic!("one line")
+    };
+    assert_eq!(
+        (&done["live"]["same_bits"], &done["live"]["kl"]),
+        (&Value::Bool(true), &Value::from(0.0))
+    );
+    assert!(
+        done["kl"].as_f64().unwrap() > 0.0 && done["density"].as_f64().unwrap() < 1.0,
+        "{done}"
+    );
+    let [alone] = &dir.lines(&words)[..] else {
+        panic!("one line")
+    };
+    assert_eq!((&alone["kl"], &alone["live"]), (&done["kl"], &Value::Null));
+
+    for (more, cells) in [(&[][..], 0), (&["--picture", "1.0"], 1)] {
+        let drawn = plan(&[&["--heat-map", "map.svg"], more].concat());
+        assert!(
+            drawn.status.success(),
+            "{}",
+            String::from_utf8_lossy(&drawn.stderr)
+        );
+        let svg = fs::read_to_string(dir.0.join("map.svg")).unwrap();
+        assert!(
+            svg.starts_with("<svg") && svg.matches("<rect").count() > 1 + cells,
+            "{svg}"
+        );
+    }
+
+    // Plans of another text, of nothing, and no plans.
+    dir.refused(
+        2,
+        &["explain", "--plan", "--replay", "plans.jsonl", "1.txt"],
+        "layer 0: ",
+    );
+    let good = String::from_utf8(written.stdout).unwrap();
+    let first = good.lines().next().unwrap();
+    for (text, why) in [
+        (String::new(), "no plan of layer 0"),
+        (first.to_string(), "hint: "),
+        ("{}".into(), "line 1"),
+        (good.replacen("\"layer\":0", "\"layer\":77", 1), "the model has"),
+        (good.replacen("\"cover\"", "\"cuver\"", 1), "line 1"),
+        (format!("{good}{{\"layer\":0"), "not a plan"),
+        (format!("{good}{first}\n"), "stands where"),
+        (
+            good.replacen("\"queries\":[0,", "\"queries\":[0,4294967295", 1),
+            "line 1",
+        ),
+    ] {
+        fs::write(dir.0.join("bad.jsonl"), text).unwrap();
+        dir.refused(2, &["explain", "--plan", "--replay", "bad.jsonl", "0.txt"], why);
+    }
+}

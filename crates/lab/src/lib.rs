@@ -13,6 +13,7 @@ pub mod parallel;
 pub mod perplexity;
 pub mod plans;
 pub mod plot;
+pub mod replay;
 pub mod repro;
 pub mod reuse;
 pub mod sparse;

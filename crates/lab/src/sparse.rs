@@ -55,15 +55,7 @@ pub fn compare(
     mut row: impl FnMut(SparseRow),
 ) -> Result<(), PlansError> {
     let compared = COMPARED.min(tokens.len());
-    let run = |planning: Option<Arc<Planning>>| {
-        let mut session = Session::new(Arc::clone(model), tokens.len(), CHUNK);
-        session.plan(planning);
-        let mut logits = Vec::new();
-        let started = Instant::now();
-        session.feed(tokens, compared, &mut logits)?;
-        let times = (started.elapsed(), session.take_attention_time());
-        Ok::<_, PlansError>((logits, times.0.as_secs_f64(), times.1.as_secs_f64()))
-    };
+    let run = |planning: Option<Arc<Planning>>| computed(model, tokens, planning, compared);
     let (dense, ttft_s, attn_s) = run(None)?;
     row(SparseRow {
         method: DENSE.into(),
@@ -104,6 +96,22 @@ pub fn compare(
         });
     }
     Ok(())
+}
+
+/// Computes `tokens` under `planning`: the logits of the last `wanted`, `[wanted, vocab]`, seconds, and those of them that attention took.
+pub(crate) fn computed(
+    model: &Arc<Model>,
+    tokens: &[u32],
+    planning: Option<Arc<Planning>>,
+    wanted: usize,
+) -> Result<(Vec<f32>, f64, f64), PlansError> {
+    let mut session = Session::new(Arc::clone(model), tokens.len(), CHUNK);
+    session.plan(planning);
+    let mut logits = Vec::new();
+    let started = Instant::now();
+    session.feed(tokens, wanted, &mut logits)?;
+    let times = (started.elapsed(), session.take_attention_time());
+    Ok((logits, times.0.as_secs_f64(), times.1.as_secs_f64()))
 }
 
 #[cfg(test)]

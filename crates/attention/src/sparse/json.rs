@@ -29,6 +29,16 @@ pub enum PlanTextError {
     /// Numbers beyond what a plan can hold.
     #[error("the queries {0} to {1} are no range of positions")]
     Queries(u32, u32),
+    /// Units or blocks that are not counted from the first on, each once.
+    #[error("{what} {got} stands where {want} belongs")]
+    Order {
+        /// `unit` or `block`.
+        what: &'static str,
+        /// Its number.
+        got: u64,
+        /// The number that belongs there.
+        want: u64,
+    },
     /// A rule that it breaks.
     #[error("the plan of layer {layer}: {error}")]
     Rule {
@@ -133,7 +143,12 @@ pub fn parse(text: &str) -> Result<Planned, PlanTextError> {
     if start >= end || end > LIMIT {
         return Err(PlanTextError::Queries(start, end));
     }
-    let units: Result<Vec<Cover>, PlanTextError> = text.units.into_iter().map(parse_unit).collect();
+    let units = text
+        .units
+        .into_iter()
+        .enumerate()
+        .map(|(i, unit)| parse_unit(i, unit));
+    let units: Result<Vec<Cover>, PlanTextError> = units.collect();
     let plan = Plan {
         unit: match text.unit {
             Kind::QueryHead => Unit::QueryHead,
@@ -155,7 +170,13 @@ pub fn parse(text: &str) -> Result<Planned, PlanTextError> {
     })
 }
 
-fn parse_unit(text: UnitText) -> Result<Cover, PlanTextError> {
+fn parse_unit(i: usize, text: UnitText) -> Result<Cover, PlanTextError> {
+    let order = |what, got: u64, want: u64| match got == want {
+        true => Ok(()),
+        false => Err(PlanTextError::Order { what, got, want }),
+    };
+    let (UnitText::Dense { u } | UnitText::Sparse { u, .. }) = &text;
+    order("unit", *u as u64, i as u64)?;
     let UnitText::Sparse {
         block,
         first_block,
@@ -165,6 +186,9 @@ fn parse_unit(text: UnitText) -> Result<Cover, PlanTextError> {
     else {
         return Ok(Cover::Dense);
     };
+    for (i, row) in (0..).zip(&rows) {
+        order("block", u64::from(row.b), u64::from(first_block) + i)?;
+    }
     let mut cover = Rows {
         block: block.min(LIMIT),
         first_block,

@@ -13,7 +13,7 @@ mod tests;
 mod view;
 
 pub(crate) use execute::{Scratch, pieces};
-pub use picture::picture;
+pub use picture::{Grid, grid, picture};
 pub use planning::{Planned, Planning};
 pub(crate) use planning::{Stretch, stretches};
 pub use reference::reference;

@@ -352,6 +352,14 @@ fn plans_are_read_back_as_they_are_printed() {
             "first block",
         ),
         (text.replace("kv_group", "layer"), "not a plan"),
+        (
+            text.replace("\"u\":1", "\"u\":0"),
+            "unit 0 stands where 1 belongs",
+        ),
+        (
+            text.replace("\"b\":9", "\"b\":8"),
+            "block 8 stands where 9 belongs",
+        ),
     ] {
         let error = json::parse(&bad).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
