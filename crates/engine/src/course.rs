@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use antefix_attention::method::{CachePolicy, LayerView, Program};
+use antefix_attention::method::{Axis, CachePolicy, LayerView, Program};
 use antefix_attention::sparse::Planning;
 use antefix_attention::{Angles, ChunkUse, Extra};
 use antefix_kv::{Edit, EditError, LayerEdit, Policy, Pool, SeqState};
@@ -40,6 +40,10 @@ pub struct MethodReport {
 /// What planners did for the rows that were computed, in the layers that they plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PlanReport {
+    /// The method that planned the prompt, if one did.
+    pub prefill: Option<&'static str>,
+    /// The method that planned drawn tokens, if one did.
+    pub decode: Option<&'static str>,
     /// Kept (query, key) pairs of the prompt over those of dense attention; `None` if it was dense.
     pub density: Option<f64>,
     /// The same of drawn tokens.
@@ -272,6 +276,8 @@ impl Course {
             },
             edits: self.edits,
             plan: self.planning.as_ref().map(|planning| PlanReport {
+                prefill: self.program.on(Axis::Prefill),
+                decode: self.program.on(Axis::Decode),
                 density: planning.density(),
                 decode_density: planning.decode_density(),
                 plan_s: planning.time().as_secs_f64(),

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use antefix_engine::{CacheStats, Done, Load, Usage};
+use antefix_attention::method::DENSE;
+use antefix_engine::{CacheStats, Done, Load, MethodReport, Usage};
 use antefix_kv::Stats;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
@@ -78,6 +80,20 @@ pub(crate) struct Loads {
     itl_ms: Percentiles,
 }
 
+/// `prefill` and `decode` with the names of their methods: as many values as there are methods, whatever their settings.
+type Planners = [(&'static str, &'static str); 2];
+
+/// `method` with its name.
+type Planner = [(&'static str, &'static str); 1];
+
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 18))
+}
+
+fn shares() -> Histogram {
+    Histogram::new([0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
+}
+
 /// All counters of one server.
 pub(crate) struct Meters {
     registry: Registry,
@@ -106,13 +122,16 @@ pub(crate) struct Meters {
     itl: Histogram,
     e2e: Histogram,
     step_s: Histogram,
+    by_planners: Family<Planners, Counter>,
+    prefill_density: Family<Planner, Histogram>,
+    decode_density: Family<Planner, Histogram>,
+    plan_s: Family<Planners, Histogram>,
     recent: Mutex<Recent>,
     in_flight: AtomicUsize,
 }
 
 impl Meters {
     pub(crate) fn new() -> Self {
-        let seconds = || Histogram::new(exponential_buckets(0.001, 2.0, 18));
         let mut m = Self {
             registry: Registry::default(),
             running: Gauge::default(),
@@ -140,6 +159,10 @@ impl Meters {
             itl: seconds(),
             e2e: seconds(),
             step_s: seconds(),
+            by_planners: Family::default(),
+            prefill_density: Family::new_with_constructor(shares),
+            decode_density: Family::new_with_constructor(shares),
+            plan_s: Family::new_with_constructor(seconds),
             recent: Mutex::default(),
             in_flight: AtomicUsize::new(0),
         };
@@ -209,6 +232,26 @@ impl Meters {
         for (name, help, gauge) in tiers {
             r.register(name, help, gauge.clone());
         }
+        r.register(
+            "antefix_method_requests",
+            "Sequences that ended well, by the methods that chose the keys of their prompts and of their answers",
+            m.by_planners.clone(),
+        );
+        r.register(
+            "antefix_prefill_density",
+            "Kept pairs of query and key over all, of a sequence's prompt",
+            m.prefill_density.clone(),
+        );
+        r.register(
+            "antefix_decode_density",
+            "Kept pairs of query and key over all, of a sequence's answer",
+            m.decode_density.clone(),
+        );
+        r.register(
+            "antefix_plan_seconds",
+            "Time that choosing keys took for a sequence",
+            m.plan_s.clone(),
+        );
         // vLLM's names, so that its dashboards work.
         r.register(
             "vllm:num_requests_running",
@@ -302,19 +345,40 @@ impl Meters {
         keep(&mut self.recent().itl_ms, after.as_secs_f64() * 1e3);
     }
 
-    pub(crate) fn ended(&self, done: Done, usage: Usage, after: Duration) {
+    /// `report` is what its methods say; none for dense attention.
+    pub(crate) fn ended(&self, done: Done, usage: Usage, report: Option<&MethodReport>, after: Duration) {
         match done {
             Done::Cancelled => drop(self.cancelled.inc()),
             Done::Failed | Done::Constraint => drop(self.failed.inc()),
             _ => {
                 self.finished.inc();
                 self.e2e.observe(after.as_secs_f64());
+                self.planned(report);
             }
         }
         self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
         self.cached_tokens.inc_by(usage.cached_tokens as u64);
         self.loaded_tokens.inc_by(usage.loaded_tokens as u64);
         self.completion_tokens.inc_by(usage.completion_tokens as u64);
+    }
+
+    /// A sequence that ended well was planned so.
+    fn planned(&self, report: Option<&MethodReport>) {
+        let plan = report.and_then(|report| report.plan);
+        let name = |of: Option<&'static str>| of.unwrap_or(DENSE);
+        let (prefill, decode) = plan.map_or((DENSE, DENSE), |plan| (name(plan.prefill), name(plan.decode)));
+        let planners = [("prefill", prefill), ("decode", decode)];
+        self.by_planners.get_or_create(&planners).inc();
+        let Some(plan) = plan else { return };
+        self.plan_s.get_or_create(&planners).observe(plan.plan_s);
+        for (family, method, density) in [
+            (&self.prefill_density, prefill, plan.density),
+            (&self.decode_density, decode, plan.decode_density),
+        ] {
+            if let Some(density) = density {
+                family.get_or_create(&[("method", method)]).observe(density);
+            }
+        }
     }
 
     pub(crate) fn load(&self, load: Load, pool: Stats) {

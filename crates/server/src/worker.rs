@@ -405,8 +405,11 @@ impl Loop {
                     None => self.meters.first_token(now - client.submitted),
                     Some(before) => self.meters.next_token(now - before),
                 },
-                Happened::End { done, usage, .. } => {
-                    self.meters.ended(*done, *usage, now - client.submitted);
+                Happened::End {
+                    done, usage, method, ..
+                } => {
+                    let after = now - client.submitted;
+                    self.meters.ended(*done, *usage, method.as_deref(), after);
                 }
                 Happened::Prompt(_) | Happened::Pooled(_) => {}
             }

@@ -258,6 +258,57 @@ fn a_server_does_not_start_with_methods_that_cannot_hold() {
 }
 
 #[tokio::test]
+async fn metrics_are_kept_by_the_names_of_methods_whatever_their_settings() {
+    let app = server_with(|_| {}).app();
+    for antefix in [
+        json!({"prefill": "a_shape,window=16,sinks=4", "decode": "quest"}),
+        json!({"prefill": "a_shape,window=32,sinks=4", "decode": "quest,share=0.2"}),
+        json!({"prefill": "a_shape,window=8,sinks=4"}),
+        json!({"kv": "streaming_llm,budget=64"}),
+        json!({}),
+    ] {
+        let (status, body) = complete(&app, &ask(&long_prompt(), antefix)).await;
+        assert_eq!(status, StatusCode::OK, "{body}");
+    }
+    let response = app
+        .oneshot(Request::get("/metrics").body(Body::empty()).unwrap())
+        .await;
+    let metrics = text(response.unwrap()).await;
+    let value = |name: &str| -> f64 {
+        let line = metrics
+            .lines()
+            .find(|line| line.strip_prefix(name).is_some_and(|l| l.starts_with(' ')));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {metrics}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    assert_eq!(
+        value(r#"antefix_method_requests_total{prefill="a_shape",decode="quest"}"#),
+        2.0
+    );
+    assert_eq!(
+        value(r#"antefix_method_requests_total{prefill="a_shape",decode="dense"}"#),
+        1.0
+    );
+    // What only cuts the cache reads densely.
+    assert_eq!(
+        value(r#"antefix_method_requests_total{prefill="dense",decode="dense"}"#),
+        2.0
+    );
+    assert_eq!(
+        value(r#"antefix_plan_seconds_count{prefill="a_shape",decode="quest"}"#),
+        2.0
+    );
+    assert_eq!(value(r#"antefix_prefill_density_count{method="a_shape"}"#), 3.0);
+    let sum = value(r#"antefix_prefill_density_sum{method="a_shape"}"#);
+    assert!(sum > 0.0 && sum < 3.0, "{sum}");
+    assert_eq!(value(r#"antefix_decode_density_count{method="quest"}"#), 2.0);
+    assert!(
+        !metrics.contains("window") && !metrics.contains("share=0.2"),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
 async fn the_list_of_methods_is_that_of_the_cards() {
     let app = server_with(|_| {}).app();
     let (_, list) = call(&app, Request::get("/v1/methods").body(Body::empty()).unwrap()).await;

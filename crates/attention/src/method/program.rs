@@ -35,6 +35,12 @@ impl Program {
         &self.methods
     }
 
+    /// Name of the method of `axis`, if there is one.
+    pub fn on(&self, axis: Axis) -> Option<&'static str> {
+        let found = self.methods.iter().find(|(own, _)| *own == axis);
+        found.map(|(_, knobs)| knobs.card().name)
+    }
+
     /// Whether nothing was chosen.
     pub fn is_dense(&self) -> bool {
         self.methods.is_empty()
