@@ -39,6 +39,8 @@ enum Command {
     Repro(commands::repro::Args),
     /// Look inside: what heads read, which of them retrieve
     Analyse(commands::analyse::Args),
+    /// Settings of a sparse method that meet a target on your own prompts, as a profile
+    Tune(commands::tune::Args),
     /// Raw logits of a prompt
     Logits(commands::logits::Args),
     /// Token ids of a text file
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&args),
         Command::Repro(args) => commands::repro::run(&args),
         Command::Analyse(args) => commands::analyse::run(&args),
+        Command::Tune(args) => commands::tune::run(&args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),

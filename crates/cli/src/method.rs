@@ -122,6 +122,17 @@ impl Profile {
         })
     }
 
+    /// The text of its file.
+    ///
+    /// # Errors
+    /// Never, as long as bands can be written as TOML.
+    pub(crate) fn text(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string(&ProfileText {
+            model: self.model.clone(),
+            band: self.bands.all().to_vec(),
+        })
+    }
+
     /// Checks that `model`, asked for as `name`, is the one that it was made for, and that its methods fit.
     ///
     /// # Errors
@@ -210,7 +221,7 @@ mod tests {
                     prefill = \"flexprefill,gamma=0.95\"\ndecode = {name = \"tidaldecode\", share = 0.1}\n";
         let profile = read("good", good).unwrap();
         assert_eq!(profile.model.as_deref(), Some("m"));
-        let said: Vec<String> = profile.bands.iter().map(ToString::to_string).collect();
+        let said: Vec<String> = profile.bands.all().iter().map(ToString::to_string).collect();
         assert_eq!(
             said,
             [

@@ -98,9 +98,6 @@ fn sparsity_is_told_by_layer_and_head() {
     let table = String::from_utf8(table.stdout).unwrap();
     assert_eq!(table.lines().count(), lines.len() + 2, "{table}");
     dir.refused(2, &["analyse", "sparsity", "0.txt", "--rows", "0"], "at least 1");
-    fs::write(dir.0.join("empty"), "").unwrap();
-    let empty = dir.run(&["analyse", "sparsity", "empty"]);
-    assert!(empty.status.success() || empty.status.code() == Some(2));
 }
 
 #[test]
@@ -170,4 +167,142 @@ fn plans_are_written_drawn_and_executed_again() {
         fs::write(dir.0.join("bad.jsonl"), text).unwrap();
         dir.refused(2, &["explain", "--plan", "--replay", "bad.jsonl", "0.txt"], why);
     }
+}
+
+#[test]
+fn what_was_tuned_is_a_profile_that_run_takes() {
+    let dir = Dir::new("tune");
+    let tune = |method: &str, more: &[&str]| -> Vec<String> {
+        let words = [
+            "tune",
+            "--method",
+            method,
+            "--out",
+            "profile.toml",
+            "--json",
+            "0.txt",
+            "1.txt",
+            "2.txt",
+        ];
+        words.iter().chain(more).map(ToString::to_string).collect()
+    };
+    let prefill = tune(
+        "a_shape,block=32,sinks=4",
+        &["--knob", "window=8..2048", "--target-recall", "0.8"],
+    );
+    let prefill: Vec<&str> = prefill.iter().map(String::as_str).collect();
+    let lines = dir.lines(&prefill);
+    let tuned = lines.last().unwrap();
+    assert_eq!(tuned["stage"], "tuned");
+    assert!(
+        tuned["recall"].as_f64().unwrap() >= 0.8 && lines.len() > 8,
+        "{tuned}"
+    );
+    // Another axis for the same lengths goes into the same band; a second search replaces the first.
+    let decode = tune(
+        "quest,least=8,dense_layers=0",
+        &["--budget", "0.9", "--knob", "share=0.05..1"],
+    );
+    let decode: Vec<&str> = decode.iter().map(String::as_str).collect();
+    dir.lines(&decode);
+    assert_eq!(dir.lines(&prefill), lines);
+    let profile = fs::read_to_string(dir.0.join("profile.toml")).unwrap();
+    assert_eq!(profile.matches("[[band]]").count(), 1, "{profile}");
+    let settings = tuned["settings"].as_str().unwrap();
+    assert!(
+        profile.contains(&format!("prefill = \"{settings}\"")),
+        "{profile}"
+    );
+    assert!(profile.contains("decode = \"quest,"), "{profile}");
+
+    let prompt = fs::read_to_string(dir.0.join("0.txt")).unwrap();
+    let run = |more: &[&str]| {
+        let words = [
+            &["run", "--raw", "-n", "2", "--ctx", "4096"],
+            more,
+            &[prompt.as_str()],
+        ]
+        .concat();
+        let output = dir.run(&words);
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    let (code, said) = run(&["--profile", "profile.toml"]);
+    assert!(
+        code == Some(0) && said.contains("[a_shape,") && said.contains("+ quest,"),
+        "{said}"
+    );
+    let (_, said) = run(&["--profile", "profile.toml", "--method", "a_shape,window=77"]);
+    assert!(said.contains("window=77") && said.contains("+ quest,"), "{said}");
+    // Of another model.
+    fs::write(dir.0.join("other.toml"), profile.replace("model.gguf", "other")).unwrap();
+    let (code, said) = run(&["--profile", "other.toml"]);
+    assert!(
+        code == Some(2) && said.contains("one of the model `other`"),
+        "{said}"
+    );
+    // Lengths that overlap with what is there.
+    let below = tuned["below"].as_u64().unwrap();
+    let wide = profile.replace(&format!("below = {below}"), &format!("below = {}", below + 1));
+    fs::write(dir.0.join("profile.toml"), wide).unwrap();
+    dir.refused(2, &prefill, "the prompts make one");
+}
+
+#[test]
+fn a_target_that_cannot_be_met_leaves_no_profile() {
+    let dir = Dir::new("unmet");
+    let words = [
+        "tune",
+        "--method",
+        "a_shape,block=32,sinks=0",
+        "--out",
+        "profile.toml",
+        "0.txt",
+        "1.txt",
+    ];
+    let with = |more: &[&'static str]| -> Vec<&'static str> { words.iter().chain(more).copied().collect() };
+    let unmet = with(&["--knob", "window=1..9", "--target-recall", "0.99"]);
+    dir.refused(1, &unmet, "no setting of `a_shape` meets the target");
+    for (more, why) in [
+        (&["--target-recall", "1.5"][..], "a share above 0"),
+        (&["--target-kl", "0"], "nats, above 0"),
+        (&[], "one target is needed"),
+        (&["--budget", "0.5", "--target-kl", "1"], "one target is needed"),
+        (&["--budget", "0.5", "--knob", "windo=1..9"], "choose from"),
+        (&["--budget", "0.5", "--knob", "window"], "KNOB=FROM..TO"),
+        (
+            &["--budget", "0.5", "--knob", "window=9..9999999"],
+            "no values of knob `window`",
+        ),
+        (&["--budget", "0.5", "--knob", "block=1..9"], "holds no numbers"),
+        (&["--budget", "0.5", "--held-out", "1"], "--held-out"),
+        (&["--budget", "0.5", "gone.txt"], "gone.txt"),
+    ] {
+        dir.refused(2, &with(more), why);
+    }
+    let one = [
+        "tune",
+        "--method",
+        "a_shape",
+        "--out",
+        "profile.toml",
+        "0.txt",
+        "--budget",
+        "0.5",
+    ];
+    dir.refused(2, &one, "1 prompts are too few");
+    let axis = [
+        "tune",
+        "--method",
+        "streaming_llm",
+        "--out",
+        "profile.toml",
+        "0.txt",
+        "--budget",
+        "0.5",
+    ];
+    dir.refused(2, &axis, "is a method of the axis `kv`");
+    assert!(!dir.0.join("profile.toml").exists());
 }

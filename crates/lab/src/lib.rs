@@ -20,6 +20,7 @@ pub mod sparse;
 pub mod sparsity;
 pub mod tasks;
 pub mod together;
+pub mod tune;
 
 /// Peak resident memory of this process in bytes, where the system tells.
 pub fn peak_rss() -> Option<usize> {

@@ -51,6 +51,10 @@ fn every_card_is_in_order_and_every_name_is_there_once() {
     let cards = ALL.iter().map(|m| m.card()).chain(ALWAYS.iter().copied());
     let faults: Vec<String> = cards.flat_map(|card| card.faults()).collect();
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+    let faults = ALL
+        .iter()
+        .flat_map(|m| m.dials().iter().filter_map(|dial| dial.fault(m.card())));
+    assert_eq!(faults.collect::<Vec<String>>(), Vec::<String>::new());
     let names: Vec<&str> = ALL.iter().map(|m| m.card().name).collect();
     let sorted: BTreeSet<&str> = names.iter().copied().collect();
     assert_eq!(

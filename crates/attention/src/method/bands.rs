@@ -140,9 +140,9 @@ impl Bands {
         self.0.is_empty()
     }
 
-    /// All of them.
-    pub fn iter(&self) -> std::slice::Iter<'_, Band> {
-        self.0.iter()
+    /// All of them, by ascending length.
+    pub fn all(&self) -> &[Band] {
+        &self.0
     }
 
     /// The band of prompts of `tokens` tokens.

@@ -6,6 +6,7 @@
 mod bands;
 mod card;
 mod choice;
+mod dial;
 mod facts;
 mod hook;
 mod host;
@@ -23,6 +24,7 @@ mod tests;
 pub use bands::{Band, BandError, Bands};
 pub use card::{Axis, Card, Kind, Knob, Need, Paper, Preset};
 pub use choice::{Chosen, DENSE, RawChoice, RawMethods, find};
+pub use dial::Dial;
 pub use facts::{Facts, LayerFacts};
 pub use hook::HookMaker;
 pub use host::{Answer, Ask, Host, HostError, Told};
@@ -45,6 +47,11 @@ pub trait Method: Send + Sync {
     /// # Errors
     /// When it does not fit the model, its settings do not fit each other, or another method has the seam.
     fn install(&self, knobs: &Knobs, rig: &mut Rig<'_>) -> Result<(), RigError>;
+
+    /// The knobs by which it is tuned, the most telling first; none for methods that leave that to whoever tunes them.
+    fn dials(&self) -> &'static [Dial] {
+        &[]
+    }
 }
 
 impl std::fmt::Debug for dyn Method + '_ {

@@ -14,7 +14,7 @@ mod view;
 
 pub(crate) use execute::{Scratch, pieces};
 pub use picture::{Grid, grid, picture};
-pub use planning::{Planned, Planning};
+pub use planning::{Planned, Planning, recall};
 pub(crate) use planning::{Stretch, stretches};
 pub use reference::reference;
 pub use view::PlanView;

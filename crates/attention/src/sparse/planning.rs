@@ -71,6 +71,11 @@ pub struct Planned {
     pub recall: Option<f64>,
 }
 
+/// Mean share of the weights of dense attention that `plan` keeps of the rows of `view`, over all heads and `rows` rows in equal distances.
+pub fn recall(view: &PlanView<'_>, plan: &Plan, rows: usize) -> f64 {
+    view.recall(plan, rows)
+}
+
 /// Rows of a sequence in a step, and their plan in one layer.
 pub(crate) struct Stretch {
     /// Counted from the sequence's first row in the step.

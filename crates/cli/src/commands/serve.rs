@@ -321,7 +321,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     if args.print_config {
         let text = toml::to_string_pretty(&settings).map_err(Failure::other)?;
         super::line(text.trim_end())?;
-        for band in profile.bands.iter() {
+        for band in profile.bands.all() {
             super::line(format!("# {band}"))?;
         }
         for key in &settings.keys {

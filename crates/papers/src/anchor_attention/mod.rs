@@ -38,7 +38,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
 use antefix_state::PAGE_ROWS;
@@ -125,6 +125,14 @@ impl Method for AnchorAttention {
             dense_tail: knobs.bool("dense_tail"),
             unit: unit_of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "theta",
+            from: 4.0,
+            to: 20.0,
+        }]
     }
 }
 

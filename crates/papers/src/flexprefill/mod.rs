@@ -39,7 +39,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
 
@@ -128,6 +128,21 @@ impl Method for FlexPrefill {
             chunk: knobs.size("chunk"),
             unit: unit_of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[
+            Dial {
+                knob: "gamma",
+                from: 0.5,
+                to: 0.99,
+            },
+            Dial {
+                knob: "min_budget",
+                from: 64.0,
+                to: 2048.0,
+            },
+        ]
     }
 }
 

@@ -30,7 +30,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig, RigError, Unit,
+    Axis, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    RigError, Unit,
 };
 
 use super::knobs::{block, block_rows, sinks};
@@ -79,6 +80,14 @@ impl Method for AShape {
             sinks: knobs.int("sinks") as u32,
             window: knobs.int("window") as u32,
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "window",
+            from: 64.0,
+            to: 16384.0,
+        }]
     }
 }
 

@@ -31,7 +31,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
+    Axis, Builder, Card, Dial, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
 };
 
 use super::knobs::{KEEP, block, block_rows};
@@ -69,6 +69,14 @@ impl Method for BlockTopK {
             block: block_rows(knobs),
             keep: knobs.size("keep"),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "keep",
+            from: 4.0,
+            to: 256.0,
+        }]
     }
 }
 

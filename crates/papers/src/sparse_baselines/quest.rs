@@ -30,8 +30,8 @@
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Kind, Knob, Knobs, Method, Paper, Plan, PlanView,
-    Preset, Rig, RigError, Unit,
+    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Kind, Knob, Knobs, Method, Paper, Plan,
+    PlanView, Preset, Rig, RigError, Unit,
 };
 use antefix_state::PAGE_ROWS;
 
@@ -85,6 +85,14 @@ impl Method for Quest {
             budget: Budget::of(knobs),
             dense_layers: knobs.size("dense_layers"),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "share",
+            from: 0.01,
+            to: 0.5,
+        }]
     }
 }
 

@@ -27,7 +27,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
+    Axis, Builder, Card, Dial, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
 };
 
 use super::knobs::{KEEP, block, block_rows};
@@ -66,6 +66,14 @@ impl Method for RandomBlocks {
             keep: knobs.size("keep"),
             seed: knobs.int("seed") as u64,
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "keep",
+            from: 4.0,
+            to: 256.0,
+        }]
     }
 }
 

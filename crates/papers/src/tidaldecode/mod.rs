@@ -36,8 +36,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Kind, Knob, Knobs, Method, Paper, Plan, PlanView,
-    Preset, Rig, RigError, Unit,
+    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Kind, Knob, Knobs, Method, Paper, Plan,
+    PlanView, Preset, Rig, RigError, Unit,
 };
 
 use crate::sparse_baselines::knobs::{Budget, least, share, unit, unit_of};
@@ -135,6 +135,14 @@ impl Method for TidalDecode {
                 .expect("one of the choices is a number"),
             unit: unit_of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "share",
+            from: 0.01,
+            to: 0.5,
+        }]
     }
 }
 
