@@ -171,7 +171,7 @@ pub fn attend(
     }
     let mut total = partitions * heads * tree_rows;
     let tokens = (BLOCK_ROWS / group).max(1);
-    let plans = sparse::stretches((cpu, team), pool, layer, geometry, seqs, q);
+    let plans = sparse::stretches((cpu, team), pool, (layer, rope), geometry, seqs, q);
     let mut blocks = Vec::new();
     for &seq in &sharing.own {
         let s = &seqs[seq];

@@ -64,13 +64,15 @@ pub fn check_profiled(method: &'static dyn Method, profile: Option<Profile<'_>>,
     answers_do_not_depend_on_cache_company_or_chunks(&subject, &given);
 }
 
-/// A profile of any model: its kind, and its text.
+/// A profile of any model: its kind, and the file that the preset names.
 #[derive(Clone, Copy)]
 pub struct Profile<'a> {
     /// The kind, as its folder is called.
     pub kind: &'a str,
-    /// The text of a model's profile.
-    pub text: &'a dyn Fn(&Facts) -> String,
+    /// The file's name, such as `default.json`.
+    pub file: &'a str,
+    /// What is in it for a model.
+    pub bytes: &'a dyn Fn(&Facts) -> Vec<u8>,
 }
 
 /// A method under test.
@@ -87,8 +89,8 @@ impl Subject<'_> {
         if let Some(profile) = self.profile {
             let folder = folder.path().join(profile.kind);
             std::fs::create_dir(&folder).expect("a folder for tests");
-            let text = (profile.text)(&facts);
-            std::fs::write(folder.join("default.json"), text).expect("a file for tests");
+            let bytes = (profile.bytes)(&facts);
+            std::fs::write(folder.join(profile.file), bytes).expect("a file for tests");
         }
         let profiles = Profiles {
             folders: vec![folder.path().to_owned()],

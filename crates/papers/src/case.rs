@@ -10,7 +10,8 @@ use crate::heads::{HeadProfile, KIND};
 /// A profile of heads for the conformance suite, made up for each model.
 pub(crate) const MADE_UP: Profile<'static> = Profile {
     kind: KIND,
-    text: &|facts| serde_json::to_string(&HeadProfile::made_up(facts, 5)).expect("plain data"),
+    file: "default.json",
+    bytes: &|facts| serde_json::to_vec(&HeadProfile::made_up(facts, 5)).expect("plain data"),
 };
 
 /// `rows` rows of every layer and head, and the last `queries` queries.

@@ -21,6 +21,7 @@ pub mod anchor_attention;
 pub mod ape;
 pub mod cacheblend;
 pub mod compresskv;
+pub mod dhsa;
 pub mod entropy_abf;
 pub mod flexprefill;
 pub mod hydragen;
@@ -44,6 +45,7 @@ pub const ALL: &[&dyn Method] = &[
     &sparse_baselines::BlockTopK,
     &cacheblend::CacheBlend,
     &compresskv::CompressKv,
+    &dhsa::Dhsa,
     &entropy_abf::EntropyAbf,
     &flexprefill::FlexPrefill,
     &kv_baselines::h2o::H2o,
@@ -94,6 +96,10 @@ pub const WITHOUT_REPRO: &[(&str, &str)] = &[
         "Not yet: its claim is a speed at equal recall, which needs the table of planners.",
     ),
     ("block_topk", "A baseline of planners."),
+    (
+        "dhsa",
+        "Not yet: its claim is about a trained predictor, which nothing here trains yet.",
+    ),
     (
         "flexprefill",
         "Not yet: its claim is a speed at equal quality, which needs the table of planners.",

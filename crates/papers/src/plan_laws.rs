@@ -13,13 +13,13 @@ use crate::plan_case::{PlanCase, Shape, planner, planner_with};
 /// Layers of a case.
 const LAYERS: usize = 2;
 
-fn cases() -> usize {
+pub(crate) fn cases() -> usize {
     let given = std::env::var("ANTEFIX_CASES").ok().and_then(|n| n.parse().ok());
     given.unwrap_or(16)
 }
 
 /// A prompt of 1 to 4,096 tokens, short as often as long.
-fn random_case(rng: &mut Rng, i: usize) -> PlanCase {
+pub(crate) fn random_case(rng: &mut Rng, i: usize) -> PlanCase {
     let most = if i.is_multiple_of(2) {
         4096
     } else {
@@ -38,7 +38,7 @@ fn of_layer(plans: &[Planned], layer: usize) -> Vec<&Planned> {
 
 /// What a stretch reads depends neither on what comes later nor on whether what came before was computed now. That plans are valid is
 /// checked wherever one is made.
-fn check(case: &PlanCase, planner: &Arc<dyn Planner>, rng: &mut Rng) -> bool {
+pub(crate) fn check(case: &PlanCase, planner: &Arc<dyn Planner>, rng: &mut Rng) -> bool {
     let whole = case.plans(planner);
     let grain = planner.grain().get();
     let stretches = case.n.div_ceil(grain);

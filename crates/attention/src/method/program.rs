@@ -27,6 +27,8 @@ pub struct Program {
     pub(super) chunks: Option<Arc<dyn ChunkUse>>,
     pub(super) plan: Option<Arc<HookPlan>>,
     pub(super) hooks: Vec<Arc<dyn HookMaker>>,
+    /// Sum of the files that its planners were built from; 0: none.
+    pub(super) files: u64,
 }
 
 impl Program {
@@ -114,7 +116,9 @@ impl Program {
         let prefill = self.methods.iter().find(|(axis, _)| *axis == Axis::Prefill);
         match prefill.filter(|_| self.planner.is_some()) {
             None => salt,
-            Some((_, knobs)) => XxHash3_64::oneshot_with_seed(salt, knobs.to_string().as_bytes()),
+            Some((_, knobs)) => {
+                XxHash3_64::oneshot_with_seed(salt ^ self.files, knobs.to_string().as_bytes())
+            }
         }
     }
 

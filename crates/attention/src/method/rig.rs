@@ -1,8 +1,11 @@
 //! The rig: methods hang their parts on the seams here, and what does not go together is refused by name.
 
 use std::fmt;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use twox_hash::XxHash3_64;
 
 use super::choice::Chosen;
 use super::facts::Facts;
@@ -71,7 +74,7 @@ pub enum RigError {
     },
 }
 
-/// Where profiles are looked for: `FOLDER/KIND/NAME.json`, in order.
+/// Where profiles are looked for: `FOLDER/KIND/NAME.json`, or another ending, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Profiles {
     /// Folders.
@@ -84,26 +87,46 @@ impl Profiles {
     /// # Errors
     /// When it is nowhere, or cannot be read; says where it was looked for.
     pub fn read(&self, kind: &str, name: &str) -> Result<String, String> {
+        let path = self.find(kind, name, "json")?;
+        std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
+    /// The bytes of the profile `name` of this kind: a file of that path if there is one, or `NAME.safetensors` in the folders.
+    ///
+    /// # Errors
+    /// As [`Profiles::read`], or when it has more than `longest` bytes.
+    pub fn read_bytes(&self, kind: &str, name: &str, longest: u64) -> Result<Vec<u8>, String> {
+        let path = self.find(kind, name, "safetensors")?;
+        let mut bytes = Vec::new();
+        std::fs::File::open(&path)
+            .and_then(|file| file.take(longest.saturating_add(1)).read_to_end(&mut bytes))
+            .map_err(|e| format!("{}: {e}", path.display()))?;
+        match bytes.len() as u64 > longest {
+            true => Err(format!("{}: more than {longest} bytes", path.display())),
+            false => Ok(bytes),
+        }
+    }
+
+    fn find(&self, kind: &str, name: &str, ending: &str) -> Result<PathBuf, String> {
         let own = Path::new(name);
         let places = self
             .folders
             .iter()
-            .map(|f| f.join(kind).join(format!("{name}.json")));
+            .map(|f| f.join(kind).join(format!("{name}.{ending}")));
         let found = own
             .is_file()
             .then(|| own.to_path_buf())
             .into_iter()
             .chain(places)
             .find(|p| p.is_file());
-        let Some(path) = found else {
+        found.ok_or_else(|| {
             let looked: Vec<String> = self
                 .folders
                 .iter()
                 .map(|f| f.join(kind).display().to_string())
                 .collect();
-            return Err(format!("`{name}` is no file, and not in {}", looked.join(", ")));
-        };
-        std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
+            format!("`{name}` is no file, and not in {}", looked.join(", "))
+        })
     }
 }
 
@@ -126,6 +149,8 @@ pub struct Rig<'m> {
     chunks: Option<Hung<Arc<dyn ChunkUse>>>,
     plan: Option<Hung<Arc<HookPlan>>>,
     hooks: Vec<Hung<Arc<dyn HookMaker>>>,
+    /// Sum of the files that planners were built from; 0: none.
+    files: u64,
 }
 
 impl fmt::Debug for Rig<'_> {
@@ -182,6 +207,7 @@ impl<'m> Rig<'m> {
             chunks: None,
             plan: None,
             hooks: Vec::new(),
+            files: 0,
         };
         let mut chosen = chosen.to_vec();
         chosen.sort_by_key(|c| c.card().axis);
@@ -239,6 +265,7 @@ impl<'m> Rig<'m> {
                 empty.ok().filter(|_| code).map(Arc::new)
             }),
             hooks: self.hooks.into_iter().map(|h| h.part).collect(),
+            files: self.files,
         }
     }
 
@@ -255,6 +282,27 @@ impl<'m> Rig<'m> {
         self.profiles
             .read(kind, name)
             .map_err(|why| self.unusable(kind, why, hint))
+    }
+
+    /// The bytes of a profile of the model that is no text, at most `longest`.
+    ///
+    /// # Errors
+    /// As [`Rig::profile`].
+    pub fn profile_bytes(
+        &self,
+        kind: &'static str,
+        name: &str,
+        longest: u64,
+        hint: &str,
+    ) -> Result<Vec<u8>, RigError> {
+        self.profiles
+            .read_bytes(kind, name, longest)
+            .map_err(|why| self.unusable(kind, why, hint))
+    }
+
+    /// What a planner makes of a prompt depends on this file: pages are shared only with requests that depend on the same one.
+    pub fn depends_on(&mut self, file: &[u8]) {
+        self.files = XxHash3_64::oneshot_with_seed(self.files, file);
     }
 
     /// An error about a profile of this kind that is not there or cannot be used; `hint` says how to get one that can.

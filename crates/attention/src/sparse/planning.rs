@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use antefix_kernels::ops::Rope;
 use antefix_kernels::{cpu::Cpu, team::Team};
 use antefix_kv::Pool;
 use antefix_state::plan::{Plan, Unit};
@@ -186,12 +187,13 @@ impl Planning {
         self.summaries.truncate(len);
     }
 
-    fn plan(&self, rows: AttentionView<'_>) -> Plan {
+    fn plan(&self, rows: AttentionView<'_>, rope: &Rope) -> Plan {
         let queries = rows.pos0..rows.pos0 + rows.rows() as u32;
         let (layer, geometry) = (rows.layer, rows.geometry);
         let started = Instant::now();
         let view = PlanView {
             rows,
+            rope,
             summaries: &self.summaries,
         };
         let (plan, tally) = match (&self.planner, &self.decode) {
@@ -232,7 +234,7 @@ impl Planning {
 pub(crate) fn stretches(
     run: (Cpu, &Team),
     pool: &Pool,
-    layer: usize,
+    (layer, rope): (usize, &Rope),
     geometry: &Geometry,
     seqs: &[SeqRows<'_>],
     q: &[f32],
@@ -249,7 +251,7 @@ pub(crate) fn stretches(
             let drawn = s.keys() > planning.prompt;
             let rows = if drawn { s.rows } else { 1 };
             let to = from + planning.whole(at, rows, s.rows - from);
-            let plan = planning.plan(AttentionView {
+            let view = AttentionView {
                 run,
                 pool,
                 kv: s.kv,
@@ -259,7 +261,8 @@ pub(crate) fn stretches(
                 q: &q[(s.first + from) * width..(s.first + to) * width],
                 pos0: at as u32,
                 exact: true,
-            });
+            };
+            let plan = planning.plan(view, rope);
             if !planning.only_watches() {
                 out.push(Stretch {
                     tokens: from..to,

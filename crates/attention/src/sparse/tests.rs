@@ -371,11 +371,13 @@ fn means_of_keys_are_those_of_the_pages_whenever_they_are_asked() {
     let case = Case::new((4, 2, 32), KvDtype::F32, 300);
     let team = Team::new(1);
     let summaries = view::Summaries::default();
+    let rope = Rope::new(&[1.0; 8], RopeStyle::Neox);
     for rows in [40, 170, 300] {
         let mut all = case.view(Cpu::best(), &team);
         all.q = &all.q[..rows * 4 * 32];
         let view = PlanView {
             rows: all,
+            rope: &rope,
             summaries: &summaries,
         };
         for (head, block) in [(0, 32), (1, 64), (0, 96)] {

@@ -6,22 +6,35 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use antefix_kernels::attend::{Page, normalise, scores_rows};
+use antefix_kernels::ops::Rope;
 use antefix_state::PAGE_ROWS;
 use antefix_state::plan::{Cover, Plan, Scope, Unit};
 
 use crate::attend::lock;
 use crate::readout::AttentionView;
 
-/// What one layer and KV head says of its full pages: a vector of `D` values a page, or several.
+/// What one layer and KV head says of its full pages, or windows: a vector of `D` values each, or several.
 type Pages = Arc<Mutex<Vec<Vec<f32>>>>;
 
-/// What there is to say of a page.
+/// What there is to say of a page, or of a window of so many keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Summary {
     /// Mean of its keys, `[D]`.
     Mean,
     /// Least and largest value of each dimension, `[2, D]`.
     Bounds,
+    /// Means of the chunks of a window, `[chunks, D]`.
+    Chunks(usize),
+}
+
+impl Summary {
+    /// Keys that it is about.
+    fn keys(self) -> usize {
+        match self {
+            Self::Mean | Self::Bounds => PAGE_ROWS,
+            Self::Chunks(keys) => keys,
+        }
+    }
 }
 
 thread_local! {
@@ -29,19 +42,26 @@ thread_local! {
     static BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// Summaries of full pages, made once: pages do not change once they are full.
+/// Summaries of full pages and windows, made once: they do not change once they are full.
 #[derive(Debug, Default)]
-pub(super) struct Summaries(Mutex<HashMap<(Summary, usize, usize), Pages>>);
+pub(super) struct Summaries {
+    pages: Mutex<HashMap<(Summary, usize, usize), Pages>>,
+    /// By the keys of a window: the first keys of the chunks of each.
+    cuts: Mutex<HashMap<usize, Vec<Vec<u32>>>>,
+}
 
 impl Summaries {
     pub(super) fn truncate(&self, len: usize) {
-        for pages in lock(&self.0).values() {
-            lock(pages).truncate(len / PAGE_ROWS);
+        for ((what, _, _), pages) in lock(&self.pages).iter() {
+            lock(pages).truncate(len / what.keys());
+        }
+        for (keys, cuts) in lock(&self.cuts).iter_mut() {
+            cuts.truncate(len / keys);
         }
     }
 
     fn of(&self, what: Summary, layer: usize, kv_head: usize) -> Pages {
-        Arc::clone(lock(&self.0).entry((what, layer, kv_head)).or_default())
+        Arc::clone(lock(&self.pages).entry((what, layer, kv_head)).or_default())
     }
 }
 
@@ -50,6 +70,8 @@ impl Summaries {
 pub struct PlanView<'a> {
     /// Queries and pages.
     pub rows: AttentionView<'a>,
+    /// The model's own angles in this layer.
+    pub rope: &'a Rope,
     pub(super) summaries: &'a Summaries,
 }
 
@@ -124,6 +146,16 @@ impl PlanView<'_> {
     pub fn page(&self, kv_head: usize, page: usize) -> Page<'_> {
         let pages = self.rows.kv.pages(self.rows.layer, kv_head);
         self.rows.pool.page(pages[page])
+    }
+
+    /// Writes the key at position `pos` in KV head `kv_head` of a layer that was computed already, or this one: `out: [D]`.
+    pub fn key(&self, layer: usize, kv_head: usize, pos: usize, out: &mut [f32]) {
+        let pages = self.rows.kv.pages(layer, kv_head);
+        let page = self.rows.pool.page(pages[pos / PAGE_ROWS]);
+        let dim = out.len();
+        out.iter_mut()
+            .enumerate()
+            .for_each(|(d, x)| *x = page.key(dim, pos % PAGE_ROWS, d));
     }
 
     /// Scores of the vectors `q: [R, D]`, already scaled, against keys: calls `f` with a page's index and its `[R][32]` scores, for each of
@@ -264,6 +296,50 @@ impl PlanView<'_> {
             }
             let rows = (n - b * block).min(block) as f32;
             out.iter_mut().for_each(|o| *o /= rows);
+        }
+        means
+    }
+
+    /// Where chunks of keys begin in the first `count` windows of `keys` keys, which are full: `cut(i)` gives the first keys of the chunks of
+    /// window `i`, ascending, the window's own first key among them. It is asked once a sequence and window, whatever the layer.
+    pub fn cuts(&self, keys: usize, count: usize, cut: impl Fn(usize) -> Vec<u32> + Sync) -> Vec<Vec<u32>> {
+        let mut cuts = lock(&self.summaries.cuts);
+        let known = cuts.entry(keys).or_default();
+        let from = known.len();
+        known.extend(self.each(count.saturating_sub(from), |i| cut(from + i)));
+        known[..count].to_vec()
+    }
+
+    /// Means of the keys of `kv_head` in chunks, up to the first query: `[chunks, D]`. `cuts` has the first keys of the chunks of each full
+    /// window of `keys` keys, as [`PlanView::cuts`] gives them, and last those of what stands behind, perhaps none. Means of full
+    /// windows are made once.
+    pub fn mean_chunks(&self, kv_head: usize, keys: usize, cuts: &[Vec<u32>]) -> Vec<f32> {
+        let Some((open, full)) = cuts.split_last() else {
+            return Vec::new();
+        };
+        let known = self.summaries.of(Summary::Chunks(keys), self.rows.layer, kv_head);
+        let mut known = lock(&known);
+        for window in known.len()..full.len() {
+            let end = ((window + 1) * keys) as u32;
+            known.push(self.means_between(kv_head, &full[window], end));
+        }
+        let mut means = known[..full.len()].concat();
+        means.extend(self.means_between(kv_head, open, self.queries().start));
+        means
+    }
+
+    /// Means of the keys from each of `starts` to the next, and to `end`.
+    fn means_between(&self, kv_head: usize, starts: &[u32], end: u32) -> Vec<f32> {
+        let dim = self.rows.geometry.dim;
+        let (mut means, mut key) = (vec![0.0; starts.len() * dim], vec![0.0; dim]);
+        for (i, mean) in means.chunks_exact_mut(dim).enumerate() {
+            let chunk = starts[i]..starts.get(i + 1).copied().unwrap_or(end);
+            let rows = chunk.len() as f32;
+            for pos in chunk {
+                self.key(self.rows.layer, kv_head, pos as usize, &mut key);
+                mean.iter_mut().zip(&key).for_each(|(m, k)| *m += k);
+            }
+            mean.iter_mut().for_each(|m| *m /= rows);
         }
         means
     }
