@@ -24,6 +24,7 @@ pub mod compresskv;
 pub mod dhsa;
 pub mod entropy_abf;
 pub mod flexprefill;
+pub mod hip_attention;
 pub mod hydragen;
 pub mod jrt;
 pub mod kv_baselines;
@@ -39,6 +40,7 @@ pub mod tidaldecode;
 pub const ALL: &[&dyn Method] = &[
     // methods: first
     &sparse_baselines::AShape,
+    &sparse_baselines::AShapeDecode,
     &act::Calibrated,
     &anchor_attention::AnchorAttention,
     &ape::Ape,
@@ -49,6 +51,8 @@ pub const ALL: &[&dyn Method] = &[
     &entropy_abf::EntropyAbf,
     &flexprefill::FlexPrefill,
     &kv_baselines::h2o::H2o,
+    &hip_attention::HipAttention,
+    &hip_attention::HipDecode,
     &jrt::Jrt,
     &rope_scaling::llama3::Llama3,
     &sparse_baselines::MInference,
@@ -91,6 +95,7 @@ pub const REPROS: &[&Repro] = &[
 /// Methods without a reproduction of their own, and why.
 pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ("a_shape", "A baseline of planners."),
+    ("a_shape_decode", "A baseline of `tidaldecode` and `hip_decode`."),
     (
         "anchor_attention",
         "Not yet: its claim is a speed at equal recall, which needs the table of planners.",
@@ -105,6 +110,14 @@ pub const WITHOUT_REPRO: &[(&str, &str)] = &[
         "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
     ),
     ("h2o", "A baseline of `compresskv`."),
+    (
+        "hip_attention",
+        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
+    ),
+    (
+        "hip_decode",
+        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
+    ),
     ("llama3_rope", "A baseline of `entropy_abf`."),
     ("minference", "A baseline of planners."),
     ("ntk_aware", "A baseline of `entropy_abf`."),

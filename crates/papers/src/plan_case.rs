@@ -114,6 +114,29 @@ impl PlanCase {
         Self::layered(shape, &layers)
     }
 
+    /// Random ones that drift, in eighths: products are exact, so that it is known which scores are equal.
+    pub(crate) fn exact_layers(
+        seed: u64,
+        Shape(heads, kv_heads, dim): Shape,
+        n: usize,
+        layers: usize,
+    ) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut drift = |heads: usize| {
+            let mut at = vec![0i32; heads * dim];
+            let mut out = Vec::with_capacity(n * at.len());
+            for _ in 0..n {
+                for x in &mut at {
+                    *x = (*x + rng.i32(-2..3)).clamp(-16, 16);
+                    out.push((*x + rng.i32(-4..5)) as f32 / 8.0);
+                }
+            }
+            out
+        };
+        let layers: Vec<_> = (0..layers).map(|_| (drift(heads), drift(kv_heads))).collect();
+        Self::layered(Shape(heads, kv_heads, dim), &layers)
+    }
+
     /// Queries of a head of the first layer, `[n][D]`.
     pub(crate) fn queries(&self, head: usize) -> Vec<Vec<f64>> {
         self.queries_of(0, head)
@@ -180,10 +203,21 @@ impl PlanCase {
         prompt: usize,
         step: usize,
     ) -> Vec<Planned> {
+        let steps = (prompt..self.n).step_by(step);
+        self.decode_steps(planner, prompt, steps.map(|from| from..(from + step).min(self.n)))
+    }
+
+    /// The same in these steps.
+    pub(crate) fn decode_steps(
+        &self,
+        planner: &Arc<dyn DecodePlanner>,
+        prompt: usize,
+        steps: impl IntoIterator<Item = Range<usize>>,
+    ) -> Vec<Planned> {
         let planning = Planning::new(None, Some(Arc::clone(planner)), prompt).recording();
-        for from in (prompt..self.n).step_by(step) {
+        for rows in steps {
             for layer in 0..self.layers.len() {
-                self.attend(&planning, layer, from..(from + step).min(self.n));
+                self.attend(&planning, layer, rows.clone());
             }
         }
         planning.take_plans()
@@ -248,6 +282,12 @@ fn rows(x: &[f32], heads: usize, dim: usize, head: usize) -> Vec<Vec<f64>> {
     x.chunks_exact(heads * dim)
         .map(|row| row[head * dim..][..dim].iter().map(|&x| f64::from(x)).collect())
         .collect()
+}
+
+/// Cases of a random test: `ANTEFIX_CASES`, or `usual`.
+pub(crate) fn cases(usual: usize) -> usize {
+    let given = std::env::var("ANTEFIX_CASES").ok();
+    given.and_then(|n| n.parse().ok()).unwrap_or(usual)
 }
 
 /// The planner of a method with these settings on the example model.

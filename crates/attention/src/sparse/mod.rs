@@ -5,6 +5,7 @@
 
 mod execute;
 pub mod json;
+mod listed;
 mod picture;
 mod planning;
 mod reference;

@@ -397,6 +397,43 @@ fn means_of_keys_are_those_of_the_pages_whenever_they_are_asked() {
 }
 
 #[test]
+fn the_largest_scores_of_listed_keys_are_those_of_whole_pages_bit_for_bit() {
+    for dtype in [KvDtype::F32, KvDtype::Bf16] {
+        let case = Case::new((4, 2, 32), dtype, 300);
+        let team = Team::new(1);
+        let summaries = view::Summaries::default();
+        for cpu in Cpu::available() {
+            let view = PlanView {
+                rows: case.view(cpu, &team),
+                summaries: &summaries,
+            };
+            let q: Vec<f32> = [7, 90, 299]
+                .into_iter()
+                .flat_map(|row| view.query(row, 3))
+                .collect();
+            let mut all = vec![f32::NEG_INFINITY; 320];
+            view.scores(1, &q, 0..10, |page, scores| {
+                for row in scores {
+                    all[page * 32..]
+                        .iter_mut()
+                        .zip(row)
+                        .for_each(|(most, s)| *most = most.max(*s));
+                }
+            });
+            // Whole pages, pages of which many keys are asked for, and more single keys than a page has.
+            for keep in [1, 2, 3, 4, 5, 29, 97] {
+                let keys: Vec<u32> = (0..300u32)
+                    .filter(|k| k % keep == 0 || (64..77).contains(k))
+                    .collect();
+                let want: Vec<f32> = keys.iter().map(|&k| all[k as usize]).collect();
+                assert_eq!(view.largest_scores(1, &q, &keys), want, "every {keep}th key");
+            }
+            assert!(view.largest_scores(1, &q, &[]).is_empty());
+        }
+    }
+}
+
+#[test]
 fn watching_changes_no_bit_and_measures_the_kept_weights() {
     let case = Case::new((4, 2, 32), KvDtype::F32, 200);
     let lots = |keep| Lots {

@@ -100,6 +100,18 @@ pub const fn least(default: i64, source: &'static str) -> Knob {
     }
 }
 
+/// First layers that read everything.
+pub const fn dense_layers(default: i64, source: &'static str) -> Knob {
+    Knob {
+        name: "dense_layers",
+        kind: Kind::int(0, 1024),
+        default: Preset::Int(default),
+        unit: "layers",
+        help: "First layers that are dense",
+        source,
+    }
+}
+
 /// How many keys are read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Budget {

@@ -1,6 +1,7 @@
 //! Planners that others are measured against: rules about which keys the rows of a prompt, or drawn tokens, read.
 
 mod a_shape;
+mod a_shape_decode;
 mod block_topk;
 pub mod knobs;
 mod minference;
@@ -15,6 +16,7 @@ mod tests;
 mod xattention;
 
 pub use a_shape::AShape;
+pub use a_shape_decode::AShapeDecode;
 pub use block_topk::BlockTopK;
 pub use minference::MInference;
 pub use oracle::OracleTopK;

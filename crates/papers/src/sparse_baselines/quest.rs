@@ -30,12 +30,12 @@
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Kind, Knob, Knobs, Method, Paper, Plan,
-    PlanView, Preset, Rig, RigError, Unit,
+    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Knobs, Method, Paper, Plan, PlanView, Rig,
+    RigError, Unit,
 };
 use antefix_state::PAGE_ROWS;
 
-use super::knobs::{Budget, least, share};
+use super::knobs::{Budget, dense_layers, least, share};
 use super::select::best;
 
 /// The method.
@@ -60,14 +60,7 @@ static CARD: Card = Card {
             "ours; the paper has 256 to 4096 keys",
         ),
         least(512, "ours"),
-        Knob {
-            name: "dense_layers",
-            kind: Kind::int(0, 1024),
-            default: Preset::Int(2),
-            unit: "layers",
-            help: "First layers that are dense",
-            source: "the published code",
-        },
+        dense_layers(2, "the published code"),
     ],
     query_dependent: true,
     needs: &[],

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use antefix_attention::method::{Planner, Unit};
 
 use super::*;
-use crate::plan_case::{Lcg, PlanCase, Shape, decode_planner, planner};
+use crate::plan_case::{Lcg, PlanCase, Shape, cases, decode_planner, planner};
 
 #[test]
 fn they_conform() {
@@ -86,6 +86,47 @@ fn drawn_blocks_are_as_many_as_asked_and_differ_between_heads() {
         let own = pos % 32 + 1;
         assert_eq!(kept.len(), own + (pos / 32).min(4) * 32, "row {pos}");
         assert_eq!(kept[0], 0);
+    }
+}
+
+#[test]
+fn a_shape_decode_conforms() {
+    antefix_conformance::method::check_with(
+        &AShapeDecode,
+        &[
+            "least=40,share=0.01,dense_layers=0",
+            "least=9,share=0.1,sinks=20,dense_layers=1",
+        ],
+    );
+}
+
+#[test]
+fn drawn_tokens_read_the_ends_within_their_budget() {
+    for case_no in 0..cases(24) {
+        let mut rng = fastrand::Rng::with_seed(case_no as u64);
+        let (n, group) = (rng.usize(1..4097), [1, 3, 4, 7][case_no % 4]);
+        let (least, sinks) = (rng.usize(1..200), rng.usize(0..64));
+        let case = PlanCase::random_layers(case_no as u64, Shape(group, 1, 16), n, 2);
+        let settings = format!("least={least},share=0.05,sinks={sinks},dense_layers=1");
+        let (prompt, step) = (n - rng.usize(1..40).min(n), rng.usize(1..9));
+        for planned in case.decode(&decode_planner(&AShapeDecode, &settings), prompt, step) {
+            let rows = case.kept(std::slice::from_ref(&planned), 0);
+            for (pos, got) in planned.queries.clone().zip(rows) {
+                let keys = pos as usize + 1;
+                let budget = least.max((0.05 * keys as f64).ceil() as usize).min(keys);
+                if planned.layer == 0 || budget == keys {
+                    assert_eq!(got.len(), keys, "{settings}, row {pos} of {n}");
+                    continue;
+                }
+                // The token's own key is read even where sinks take the whole budget.
+                let last = (budget - sinks.min(budget)).max(1);
+                let want: Vec<u32> = (0..keys)
+                    .filter(|&k| k < sinks.min(budget) || k >= keys - last)
+                    .map(|k| k as u32)
+                    .collect();
+                assert_eq!(got, want, "{settings}, row {pos} of {n}");
+            }
+        }
     }
 }
 
