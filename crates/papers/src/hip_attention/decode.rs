@@ -10,11 +10,11 @@
 //! it needed is missed until the next search.
 //!
 //! # Steps
-//! 1. (3.3) The first drawn token, and every `refresh`-th from there on, searches in every layer behind the first `dense_layers`.
-//! 2. (3.1) The keys between sinks and window, in units of `unit_keys`, are cut into as many runs of equal size as units are to be read.
-//! 3. (3.1) Each run is cut into two halves. The score of a half is the largest of any head's query with any key of the unit in its middle.
-//! 4. (3.1) As many halves as there were runs stay, until all runs are one unit.
-//! 5. (3.3) This token and those up to the next search read the units, the first `sinks` keys, and everything from `window` keys before the
+//! 1. (Decoding) The first drawn token, and every `refresh`-th from there on, searches in every layer behind the first `dense_layers`.
+//! 2. (Mask estimation) The keys between sinks and window, in units of `unit_keys`, are cut into as many runs of equal size as units are to be read.
+//! 3. (Mask estimation) Each run is cut into two halves. The score of a half is the largest of any head's query with any key of the unit in its middle.
+//! 4. (Mask estimation) As many halves as there were runs stay, until all runs are one unit.
+//! 5. (Decoding) This token and those up to the next search read the units, the first `sinks` keys, and everything from `window` keys before the
 //!    search on.
 //!
 //! # Knobs

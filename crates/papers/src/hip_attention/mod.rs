@@ -11,13 +11,13 @@
 //! look different from them: half of a run that was dropped never comes back.
 //!
 //! # Steps
-//! 1. (3.1) A block searches the keys between the first `sinks` and the last `window` before it. If those are no more than `top_k`, all are
+//! 1. (Mask estimation) A block searches the keys between the first `sinks` and the last `window` before it. If those are no more than `top_k`, all are
 //!    read. Of its queries every `query_stride`-th is looked at.
-//! 2. (3.1) The keys, in units of `unit_keys`, are cut into `top_k / unit_keys` runs of equal size.
-//! 3. (3.1) Each run is cut into two halves. The score of a half is the largest of any of the queries with any key of the unit in its middle.
-//! 4. (3.1) As many halves as there were runs stay, those of the largest scores, of equals the earlier ones. Steps 3 and 4 repeat until all
+//! 2. (Mask estimation) The keys, in units of `unit_keys`, are cut into `top_k / unit_keys` runs of equal size.
+//! 3. (Mask estimation) Each run is cut into two halves. The score of a half is the largest of any of the queries with any key of the unit in its middle.
+//! 4. (Mask estimation) As many halves as there were runs stay, those of the largest scores, of equals the earlier ones. Steps 3 and 4 repeat until all
 //!    runs are one unit.
-//! 5. (3.2) The block reads its units, the first `sinks` keys, the last `window` keys before it, and its own.
+//! 5. (Sparse attention) The block reads its units, the first `sinks` keys, the last `window` keys before it, and its own.
 //!
 //! # Knobs
 //! A `top_k` of at least the prompt changes nothing. The first `dense_layers` layers are dense; those with a window of their own are left
