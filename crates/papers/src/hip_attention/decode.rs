@@ -39,8 +39,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, DecodePlanner, DecodeSteps, Kind, Knob, Knobs, Method, Plan, PlanView, Preset, Rig,
-    RigError, Unit,
+    Axis, Builder, Card, DecodePlanner, DecodeSteps, Dial, Kind, Knob, Knobs, Method, Plan, PlanView, Preset,
+    Rig, RigError, Unit,
 };
 
 use super::search::{KEY_STRIDE, SAMPLE, Search, WINDOW, unit_keys};
@@ -104,6 +104,14 @@ impl Method for HipDecode {
             unit: unit_of(knobs),
             search: Search::of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "share",
+            from: 0.01,
+            to: 0.5,
+        }]
     }
 }
 

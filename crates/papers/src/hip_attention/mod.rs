@@ -43,8 +43,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig, RigError,
-    Unit,
+    Axis, Builder, Card, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    RigError, Unit,
 };
 
 use crate::sparse_baselines::knobs::{dense_layers, sinks, unit, unit_of};
@@ -137,6 +137,14 @@ impl Method for HipAttention {
             unit: unit_of(knobs),
             search: Search::of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "top_k",
+            from: 64.0,
+            to: 8192.0,
+        }]
     }
 }
 

@@ -28,7 +28,7 @@
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Knobs, Method, Paper, Plan, PlanView, Rig,
+    Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Knobs, Method, Paper, Plan, PlanView, Rig,
     RigError, Unit,
 };
 
@@ -76,6 +76,14 @@ impl Method for AShapeDecode {
             sinks: knobs.size("sinks"),
             dense_layers: knobs.size("dense_layers"),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "share",
+            from: 0.01,
+            to: 0.5,
+        }]
     }
 }
 
