@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use antefix_kernels::attend::{Page, normalise, scores_rows};
+use antefix_kernels::attend::{Page, normalise, scores_each};
 use antefix_kernels::ops::Rope;
 use antefix_state::PAGE_ROWS;
 use antefix_state::plan::{Cover, Plan, Scope, Unit};
@@ -168,13 +168,11 @@ impl PlanView<'_> {
         pages: Range<usize>,
         mut f: impl FnMut(usize, &[[f32; PAGE_ROWS]]),
     ) {
-        let dim = self.rows.geometry.dim;
-        let mut out = vec![[0.0; PAGE_ROWS]; q.len() / dim];
-        for page in pages {
-            let keys = self.page(kv_head, page);
-            scores_rows(self.rows.run.0, dim, q, None, &keys, &mut out);
-            f(page, &out);
-        }
+        let first = pages.start;
+        let keys = pages.map(|page| self.page(kv_head, page));
+        scores_each(self.rows.run.0, self.rows.geometry.dim, q, keys, |i, scores| {
+            f(first + i, scores);
+        });
     }
 
     /// Attention weights of the rows `rows` of query head `head`: calls `f` with each row and its weights over all keys up to itself.

@@ -1,11 +1,13 @@
-//! Scores and weights of single query rows, for those who want to see what attention read.
+//! Scores and weights, for those who want to see what attention read, or to choose what it reads.
 //!
-//! One fma chain over the dimensions each: bit for bit the scores that [`super::attend`] computes, except that on AMX it takes bf16
-//! pages through tiles, whose scores agree to 2^-17 of `|q| |k|`.
+//! [`scores`] is one fma chain over the dimensions each: bit for bit what [`super::attend`] computes, except that on AMX it takes bf16
+//! pages through tiles, whose scores agree to 2^-17 of `|q| |k|`. [`scores_each`] takes them through the same tiles.
 
 use antefix_state::PAGE_ROWS;
 
 use super::Page;
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use crate::cpu::{Cpu, Path};
 use crate::ops::exp;
 
@@ -20,7 +22,38 @@ pub fn scores(cpu: Cpu, q: &[f32], softcap: Option<f32>, page: &Page<'_>, out: &
     scores_rows(cpu, q.len(), q, softcap, page, std::slice::from_mut(out));
 }
 
-/// The same of the rows of `q: [R, D]`, bit for bit and several rows at a time: `out: [R][32]`.
+/// Scores of the rows of `q: [R, D]`, already scaled and at least one, against `pages`: calls `f` with the index of each page, ascending, and its
+/// `[R][32]` scores; rows of a page that hold no key get anything. A row gets the bits that it gets alone.
+///
+/// # Panics
+/// When `q` and a page differ in their dimension.
+pub fn scores_each<'a>(
+    cpu: Cpu,
+    dim: usize,
+    q: &[f32],
+    pages: impl Iterator<Item = Page<'a>>,
+    mut f: impl FnMut(usize, &[[f32; PAGE_ROWS]]),
+) {
+    assert!(!q.is_empty() && q.len().is_multiple_of(dim), "q is [R, D]");
+    let pages = pages.inspect(|page| page.check(dim));
+    let mut pages = pages.peekable();
+    #[cfg(target_arch = "x86_64")]
+    if cpu.path() == Path::Amx && dim.is_multiple_of(32) && matches!(pages.peek(), Some(Page::Bf16 { .. })) {
+        let keys = pages.map(|page| match page {
+            Page::Bf16 { k, .. } => k,
+            Page::F32 { .. } => unreachable!("pages of one pool have one layout"),
+        });
+        // SAFETY: `cpu` proves AVX-512 with BF16 and tiles; pages were checked.
+        return unsafe { amx::scores_each(dim, q, keys, f) };
+    }
+    let mut out = vec![[0.0; PAGE_ROWS]; q.len() / dim];
+    for (i, page) in pages.enumerate() {
+        scores_rows(cpu, dim, q, None, &page, &mut out);
+        f(i, &out);
+    }
+}
+
+/// [`scores`] of the rows of `q: [R, D]`, bit for bit and several rows at a time: `out: [R][32]`.
 ///
 /// # Panics
 /// When the lengths do not fit.
@@ -297,6 +330,77 @@ mod tests {
             }
         }
         assert_ne!(f32_to_bf16(value(3)), 0);
+    }
+
+    /// Pages of random keys, of which each has its own.
+    fn pages(dim: usize, dtype: KvDtype, n: usize) -> Vec<(Vec<u16>, Vec<f32>)> {
+        let layout = PageLayout { dim, dtype };
+        let one = |page: usize| {
+            let (mut k16, mut v16) = (vec![0; layout.part_len()], vec![0; layout.part_len()]);
+            let (mut k32, mut v32) = (vec![0.0; layout.part_len()], vec![0.0; layout.part_len()]);
+            for row in 0..PAGE_ROWS {
+                let key: Vec<f32> = (0..dim)
+                    .map(|d| value((page * PAGE_ROWS + row) * dim + d))
+                    .collect();
+                let mut to = match dtype {
+                    KvDtype::Bf16 => PageMut::Bf16 {
+                        k: &mut k16,
+                        v: &mut v16,
+                    },
+                    KvDtype::F32 => PageMut::F32 {
+                        k: &mut k32,
+                        v: &mut v32,
+                    },
+                };
+                to.write_row(row, &key, &key);
+            }
+            (k16, k32)
+        };
+        (0..n).map(one).collect()
+    }
+
+    #[test]
+    fn many_rows_against_many_pages_are_scored_as_one_against_one() {
+        for (dim, dtype) in [
+            (48, KvDtype::Bf16),
+            (64, KvDtype::Bf16),
+            (256, KvDtype::Bf16),
+            (64, KvDtype::F32),
+        ] {
+            let pages = pages(dim, dtype, 35);
+            let views = || {
+                pages.iter().map(|(k16, k32)| match dtype {
+                    KvDtype::Bf16 => Page::Bf16 { k: k16, v: k16 },
+                    KvDtype::F32 => Page::F32 { k: k32, v: k32 },
+                })
+            };
+            for cpu in Cpu::available() {
+                for rows in [1, 2, 15, 16, 17, 33, 64] {
+                    let q: Vec<f32> = (0..rows * dim).map(|i| value(3 * i + 1)).collect();
+                    let mut seen = 0;
+                    scores_each(cpu, dim, &q, views(), |page, scores| {
+                        assert_eq!((page, scores.len()), (seen, rows));
+                        seen += 1;
+                        for (r, got) in scores.iter().enumerate().step_by(5) {
+                            let q = &q[r * dim..][..dim];
+                            let view = views().nth(page).unwrap();
+                            let mut want = [0.0; PAGE_ROWS];
+                            self::scores(cpu, q, None, &view, &mut want);
+                            // |q| |k| of `dim` values below 1.
+                            let near = dim as f32 / 131_072.0;
+                            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= near;
+                            assert!(got.iter().zip(&want).all(close), "{:?} row {r}", cpu.path());
+                            if page % 7 == 0 {
+                                scores_each(cpu, dim, q, std::iter::once(view), |_, alone| {
+                                    assert_eq!(alone[0], *got);
+                                });
+                            }
+                        }
+                    });
+                    assert_eq!(seen, pages.len());
+                }
+            }
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! when a page brings a larger score, which is rare, so that accumulators are rarely scaled. All of it is decided per row and page.
 
 mod keys;
+mod scores;
 mod values;
 mod weights;
 
@@ -19,6 +20,8 @@ use std::ops::Range;
 
 use antefix_state::PAGE_ROWS;
 use keys::Pair;
+
+pub(super) use scores::scores_each;
 
 use super::{Call, Page, StateMut};
 use crate::amx::{TileShape, configure, release};
@@ -133,7 +136,7 @@ pub(super) unsafe fn attend(call: &Call<'_>, state: &mut StateMut<'_>, scratch: 
         clean,
         work,
     } = scratch;
-    pack(call, per, q);
+    pack(call.dim, call.q, per, q);
     open.clear();
     open.extend((0..call.len()).filter(|&i| call.page(i).2 != 0));
     reach.clear();
@@ -232,10 +235,10 @@ fn operand(call: &Call<'_>, (index, i): (usize, usize), slot: usize, clean: &mut
 
 /// Splits `q: [R, D]` into bf16 parts, tile by tile.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn pack(call: &Call<'_>, per: usize, out: &mut Vec<Line>) {
-    let (dim, lines) = (call.dim, call.dim / CHUNK * 2);
-    out.resize(call.visible.len() * lines, Line([0; CHUNK]));
-    for (q, out) in call.q.chunks(per * dim).zip(out.chunks_mut(per * lines)) {
+fn pack(dim: usize, q: &[f32], per: usize, out: &mut Vec<Line>) {
+    let lines = dim / CHUNK * 2;
+    out.resize(q.len() / dim * lines, Line([0; CHUNK]));
+    for (q, out) in q.chunks(per * dim).zip(out.chunks_mut(per * lines)) {
         let n = q.len() / dim;
         for (r, q) in q.chunks_exact(dim).enumerate() {
             for (c, q) in q.chunks_exact(CHUNK).enumerate() {
