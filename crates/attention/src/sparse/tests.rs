@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
+use antefix_kernels::attend::scores_rows;
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::ops::{Rope, RopeStyle};
 use antefix_kernels::team::Team;
@@ -402,9 +403,11 @@ fn the_largest_scores_of_listed_keys_are_those_of_whole_pages_bit_for_bit() {
         let case = Case::new((4, 2, 32), dtype, 300);
         let team = Team::new(1);
         let summaries = view::Summaries::default();
+        let rope = Rope::new(&[1.0; 8], RopeStyle::Neox);
         for cpu in Cpu::available() {
             let view = PlanView {
                 rows: case.view(cpu, &team),
+                rope: &rope,
                 summaries: &summaries,
             };
             let q: Vec<f32> = [7, 90, 299]
@@ -412,14 +415,13 @@ fn the_largest_scores_of_listed_keys_are_those_of_whole_pages_bit_for_bit() {
                 .flat_map(|row| view.query(row, 3))
                 .collect();
             let mut all = vec![f32::NEG_INFINITY; 320];
-            view.scores(1, &q, 0..10, |page, scores| {
+            for (page, all) in all.chunks_exact_mut(32).enumerate() {
+                let mut scores = [[0.0; 32]; 3];
+                scores_rows(cpu, 32, &q, None, &view.page(1, page), &mut scores);
                 for row in scores {
-                    all[page * 32..]
-                        .iter_mut()
-                        .zip(row)
-                        .for_each(|(most, s)| *most = most.max(*s));
+                    all.iter_mut().zip(row).for_each(|(most, s)| *most = most.max(s));
                 }
-            });
+            }
             // Whole pages, pages of which many keys are asked for, and more single keys than a page has.
             for keep in [1, 2, 3, 4, 5, 29, 97] {
                 let keys: Vec<u32> = (0..300u32)
