@@ -197,6 +197,9 @@ impl Ctx<'_> {
         let mut part = StateMut { m, l, acc };
         kernel::reset(&mut part);
         let mut attend = |visible: &[(u32, u32)], views: &[View<'_>], first: usize, keys: usize| {
+            if views.is_empty() {
+                return;
+            }
             let softcap = self.geometry.softcap;
             kernel::attend(
                 self.cpu,
@@ -213,15 +216,9 @@ impl Ctx<'_> {
         };
         attend(all, &views, 0, views.len() * PAGE_ROWS);
         let views: Vec<_> = (before.end..pages.end).map(view).collect();
-        if !views.is_empty() {
-            let start = before.end * PAGE_ROWS;
-            attend(
-                visible,
-                &views,
-                start,
-                (pages.end * PAGE_ROWS).min(reads.last) - start,
-            );
-        }
+        let start = before.end * PAGE_ROWS;
+        let end = (pages.end * PAGE_ROWS).min(reads.last);
+        attend(visible, &views, start, end - start);
     }
 }
 

@@ -94,18 +94,16 @@ impl Hook for Tally {
         let Some(view) = &at.attention else { return };
         let from = self.start + self.segment;
         let rows: Vec<usize> = (0..at.rows).filter(|&r| at.pos0 + r as u32 >= from).collect();
-        let heads = view.geometry.heads;
-        let found: Vec<Mutex<f64>> = (0..heads).map(|_| Mutex::new(0.0)).collect();
-        view.run.1.run(heads, &|head| {
+        let found = view.run.1.map(view.geometry.heads, |head| {
             let mut sum = 0.0;
             view.each_row(head, &rows, &mut |_, row| {
                 sum += f64::from(self.pattern.weight(&row, self.start, self.segment));
             });
-            *found[head].lock().unwrap_or_else(PoisonError::into_inner) = sum;
+            sum
         });
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         for (sum, found) in sums.0[at.layer].iter_mut().zip(found) {
-            *sum += found.into_inner().unwrap_or_else(PoisonError::into_inner);
+            *sum += found;
         }
         if at.layer == 0 {
             sums.1 += rows.len();

@@ -44,7 +44,7 @@ use antefix_attention::method::{
 };
 
 use crate::sparse_baselines::Projection;
-use crate::sparse_baselines::knobs::{block, block_rows, chunk, unit, unit_of};
+use crate::sparse_baselines::knobs::{block, block_rows, chunk, last_rows, unit, unit_of};
 use crate::sparse_baselines::select::{best, prefix};
 
 pub mod reference;
@@ -92,14 +92,7 @@ static CARD: Card = Card {
             source: "the published example; the paper's runs have 1024, which keeps half of 4K tokens",
         },
         block("64", "ours; the paper has 128 and finds 64 alike"),
-        Knob {
-            name: "rows",
-            kind: Kind::int(1, 512),
-            default: Preset::Int(64),
-            unit: "rows",
-            help: "Last rows of a stretch that are attended in full to plan it",
-            source: "ours; the paper has 128",
-        },
+        last_rows("ours; the paper has 128"),
         chunk(16),
         unit(
             "query_head",

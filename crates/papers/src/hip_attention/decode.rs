@@ -44,7 +44,9 @@ use antefix_attention::method::{
 };
 
 use super::search::{KEY_STRIDE, SAMPLE, Search, WINDOW, unit_keys};
-use crate::sparse_baselines::knobs::{Budget, dense_layers, least, share, sinks, unit, unit_of};
+use crate::sparse_baselines::knobs::{
+    Budget, SHARES, dense_layers, drawn_share, least, sinks, unit, unit_of,
+};
 
 /// The method.
 pub struct HipDecode;
@@ -57,11 +59,7 @@ static CARD: Card = Card {
     summary: "Drawn tokens find their keys by halving runs of keys, and read them for some tokens.",
     paper: super::PAPER,
     knobs: &[
-        share(
-            0.0625,
-            "Share of the keys that a drawn token reads in a sparse layer",
-            "ours; the paper has 512 keys",
-        ),
+        drawn_share("ours; the paper has 512 keys"),
         least(784, "the paper's 512 beside sinks and window"),
         Knob {
             name: "refresh",
@@ -107,11 +105,7 @@ impl Method for HipDecode {
     }
 
     fn dials(&self) -> &'static [Dial] {
-        &[Dial {
-            knob: "share",
-            from: 0.01,
-            to: 0.5,
-        }]
+        SHARES
     }
 }
 

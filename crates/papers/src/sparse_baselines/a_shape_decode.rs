@@ -32,7 +32,7 @@ use antefix_attention::method::{
     RigError, Unit,
 };
 
-use super::knobs::{Budget, dense_layers, least, share, sinks};
+use super::knobs::{Budget, SHARES, dense_layers, drawn_share, least, sinks};
 
 /// The method.
 pub struct AShapeDecode;
@@ -50,11 +50,7 @@ static CARD: Card = Card {
         reference: "arXiv 2309.17453",
     },
     knobs: &[
-        share(
-            0.0625,
-            "Share of the keys that a drawn token reads in a sparse layer",
-            "ours, as `quest`",
-        ),
+        drawn_share("ours, as `quest`"),
         least(512, "ours, as `quest`"),
         sinks(16, "ours; the paper has 4"),
         dense_layers(2, "ours, as `quest`"),
@@ -79,11 +75,7 @@ impl Method for AShapeDecode {
     }
 
     fn dials(&self) -> &'static [Dial] {
-        &[Dial {
-            knob: "share",
-            from: 0.01,
-            to: 0.5,
-        }]
+        SHARES
     }
 }
 

@@ -34,7 +34,7 @@ use antefix_attention::method::{
     Axis, Builder, Card, Dial, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
 };
 
-use super::knobs::{KEEP, block, block_rows};
+use super::knobs::{KEEP, KEPT_BLOCKS, block, block_rows};
 use super::select::best;
 
 /// The method.
@@ -72,11 +72,7 @@ impl Method for BlockTopK {
     }
 
     fn dials(&self) -> &'static [Dial] {
-        &[Dial {
-            knob: "keep",
-            from: 4.0,
-            to: 256.0,
-        }]
+        KEPT_BLOCKS
     }
 }
 

@@ -1,6 +1,6 @@
 //! Knobs that planners share.
 
-use antefix_attention::method::{Kind, Knob, Knobs, Preset, Unit};
+use antefix_attention::method::{Dial, Kind, Knob, Knobs, Preset, Unit};
 
 /// Rows of a block of queries, and keys of a block of keys: whole pages.
 pub const fn block(default: &'static str, source: &'static str) -> Knob {
@@ -76,6 +76,15 @@ pub const fn sinks(default: i64, source: &'static str) -> Knob {
     }
 }
 
+/// Share of the keys that a drawn token reads.
+pub const fn drawn_share(source: &'static str) -> Knob {
+    share(
+        0.0625,
+        "Share of the keys that a drawn token reads in a sparse layer",
+        source,
+    )
+}
+
 /// Share of the keys that are read.
 pub const fn share(default: f64, help: &'static str, source: &'static str) -> Knob {
     Knob {
@@ -84,6 +93,32 @@ pub const fn share(default: f64, help: &'static str, source: &'static str) -> Kn
         default: Preset::Float(default),
         unit: "",
         help,
+        source,
+    }
+}
+
+/// Values of [`drawn_share`] that are worth trying.
+pub const SHARES: &[Dial] = &[Dial {
+    knob: "share",
+    from: 0.01,
+    to: 0.5,
+}];
+
+/// Numbers of blocks that are worth trying, of a knob `keep`.
+pub const KEPT_BLOCKS: &[Dial] = &[Dial {
+    knob: "keep",
+    from: 4.0,
+    to: 256.0,
+}];
+
+/// Last rows of a stretch that are attended in full.
+pub const fn last_rows(source: &'static str) -> Knob {
+    Knob {
+        name: "rows",
+        kind: Kind::int(1, 512),
+        default: Preset::Int(64),
+        unit: "rows",
+        help: "Last rows of a stretch that are attended in full to plan it",
         source,
     }
 }

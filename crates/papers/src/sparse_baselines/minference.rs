@@ -43,7 +43,7 @@ use antefix_attention::method::{
 };
 
 use super::Projection;
-use super::knobs::{block, block_rows, chunk, unit, unit_of};
+use super::knobs::{block, block_rows, chunk, last_rows, unit, unit_of};
 use super::select::best;
 
 /// First keys that come before all others, and the least number of keys.
@@ -94,14 +94,7 @@ static CARD: Card = Card {
             source: "ours; the published numbers keep nearly all of 8K tokens",
         },
         block("64", "the paper"),
-        Knob {
-            name: "rows",
-            kind: Kind::int(1, 512),
-            default: Preset::Int(64),
-            unit: "rows",
-            help: "Last rows of a stretch that are attended in full to plan it",
-            source: "the paper",
-        },
+        last_rows("the paper"),
         chunk(16),
         unit(
             "query_head",

@@ -35,7 +35,7 @@ use antefix_attention::method::{
 };
 use antefix_state::PAGE_ROWS;
 
-use super::knobs::{Budget, dense_layers, least, share};
+use super::knobs::{Budget, SHARES, dense_layers, drawn_share, least};
 use super::select::best;
 
 /// The method.
@@ -54,11 +54,7 @@ static CARD: Card = Card {
         reference: "ICML 2024, arXiv 2406.10774",
     },
     knobs: &[
-        share(
-            0.0625,
-            "Share of the keys that a drawn token reads in a sparse layer",
-            "ours; the paper has 256 to 4096 keys",
-        ),
+        drawn_share("ours; the paper has 256 to 4096 keys"),
         least(512, "ours"),
         dense_layers(2, "the published code"),
     ],
@@ -81,11 +77,7 @@ impl Method for Quest {
     }
 
     fn dials(&self) -> &'static [Dial] {
-        &[Dial {
-            knob: "share",
-            from: 0.01,
-            to: 0.5,
-        }]
+        SHARES
     }
 }
 

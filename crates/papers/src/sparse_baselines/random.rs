@@ -30,7 +30,7 @@ use antefix_attention::method::{
     Axis, Builder, Card, Dial, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
 };
 
-use super::knobs::{KEEP, block, block_rows};
+use super::knobs::{KEEP, KEPT_BLOCKS, block, block_rows};
 use crate::kv_baselines::random::SEED;
 
 /// The method.
@@ -69,11 +69,7 @@ impl Method for RandomBlocks {
     }
 
     fn dials(&self) -> &'static [Dial] {
-        &[Dial {
-            knob: "keep",
-            from: 4.0,
-            to: 256.0,
-        }]
+        KEPT_BLOCKS
     }
 }
 

@@ -37,7 +37,7 @@ use antefix_attention::method::{
     Axis, Builder, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
-use antefix_kernels::attend::{Page, PageMut, normalise, scores_rows};
+use antefix_kernels::attend::{Page, PageMut, normalise, scores_each};
 use antefix_state::PAGE_ROWS;
 
 use super::knobs::{block, block_rows, chunk, unit, unit_of};
@@ -215,10 +215,7 @@ impl Groups {
         for group in 0..n.div_ceil(stride) {
             key.fill(0.0);
             for (pos, key) in (group * stride..n).zip(key.chunks_exact_mut(dim)) {
-                let page = view.page(kv_head, pos / PAGE_ROWS);
-                key.iter_mut()
-                    .enumerate()
-                    .for_each(|(d, x)| *x = page.key(dim, pos % PAGE_ROWS, d));
+                view.key(view.rows.layer, kv_head, pos, key);
             }
             let page = group / PAGE_ROWS * PAGE_ROWS * width;
             let mut to = PageMut::F32 {
@@ -233,18 +230,17 @@ impl Groups {
     /// Products of the vectors `q: [R, width]` with the first vectors here: `out: [R, count]`.
     fn scores(&self, view: &PlanView<'_>, q: &[f32], out: &mut [f32]) {
         let count = out.len() * self.width / q.len();
-        let mut some = vec![[0.0; PAGE_ROWS]; q.len() / self.width];
-        for (at, k) in (0..count)
-            .step_by(PAGE_ROWS)
-            .zip(self.pages.chunks_exact(PAGE_ROWS * self.width))
-        {
-            // Scores read no values.
-            let page = Page::F32 { k, v: k };
-            scores_rows(view.rows.run.0, self.width, q, None, &page, &mut some);
+        let pages = self.pages.chunks_exact(PAGE_ROWS * self.width);
+        // Scores read no values.
+        let pages = pages
+            .take(count.div_ceil(PAGE_ROWS))
+            .map(|k| Page::F32 { k, v: k });
+        scores_each(view.rows.run.0, self.width, q, pages, |page, some| {
+            let at = page * PAGE_ROWS;
             let end = (at + PAGE_ROWS).min(count);
-            for (to, from) in out.chunks_exact_mut(count).zip(&some) {
+            for (to, from) in out.chunks_exact_mut(count).zip(some) {
                 to[at..end].copy_from_slice(&from[..end - at]);
             }
-        }
+        });
     }
 }

@@ -40,7 +40,7 @@ use antefix_attention::method::{
     PlanView, Preset, Rig, RigError, Unit,
 };
 
-use crate::sparse_baselines::knobs::{Budget, least, share, unit, unit_of};
+use crate::sparse_baselines::knobs::{Budget, SHARES, drawn_share, least, unit, unit_of};
 use crate::sparse_baselines::select::best;
 
 pub mod reference;
@@ -63,11 +63,7 @@ static CARD: Card = Card {
         reference: "ICLR 2025, arXiv 2410.05076",
     },
     knobs: &[
-        share(
-            0.0625,
-            "Share of the keys that a drawn token reads in a sparse layer",
-            "ours; the paper has 256 to 4096 keys",
-        ),
+        drawn_share("ours; the paper has 256 to 4096 keys"),
         least(512, "ours"),
         Knob {
             name: "start",
@@ -138,11 +134,7 @@ impl Method for TidalDecode {
     }
 
     fn dials(&self) -> &'static [Dial] {
-        &[Dial {
-            knob: "share",
-            from: 0.01,
-            to: 0.5,
-        }]
+        SHARES
     }
 }
 
