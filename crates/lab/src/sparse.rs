@@ -9,11 +9,15 @@ use antefix_engine::Session;
 use antefix_models::decoder::Model;
 use serde::Serialize;
 
-use crate::plans::{PlansError, plans};
+use crate::panel::{Closeness, look};
+use crate::plans::PlansError;
 use crate::reuse::distance;
 
 /// Last positions whose predictions are compared. Their logits are part of every time.
 pub const COMPARED: usize = 256;
+
+/// Stretches of a prompt whose recall is measured, at most.
+const STRETCHES: usize = 32;
 
 /// Rows of a step; stretches of a plan may make it longer.
 const CHUNK: usize = 512;
@@ -43,7 +47,8 @@ pub struct SparseRow {
 
 /// Dense attention and each of `methods` on `tokens`, dense first: rows as they come, through `row`.
 ///
-/// `recall_rows`: recall is measured on so many rows of each stretch, in one more pass; 0: not at all.
+/// `recall_rows`: recall is measured on so many rows of each of up to 32 stretches, in more dense passes before (one for all methods that plan
+/// the same stretches); 0: not at all.
 ///
 /// # Errors
 /// When a method plans no prompts, or the model fails.
@@ -68,20 +73,28 @@ pub fn compare(
         kl: 0.0,
         top1: 1.0,
     });
-    for program in methods {
-        let planner = program.planner().ok_or_else(|| PlansError::None {
+    let planner = |program: &Arc<Program>| {
+        program.planner().cloned().ok_or_else(|| PlansError::None {
             method: program.name(),
-        })?;
+        })
+    };
+    let planners: Vec<_> = methods.iter().map(planner).collect::<Result<_, _>>()?;
+    let recalls = match recall_rows {
+        0 => None,
+        rows => Some(look(
+            &planners,
+            tokens.len(),
+            Closeness {
+                stretches: STRETCHES,
+                rows,
+                seed: 1,
+            },
+            |planning| computed(model, tokens, Some(Arc::new(planning)), 0).map(drop),
+        )?),
+    };
+    for (i, (program, planner)) in methods.iter().zip(&planners).enumerate() {
         let planning = Arc::new(Planning::new(Some(Arc::clone(planner)), None, usize::MAX));
         let (logits, ttft_s, attn_s) = run(Some(Arc::clone(&planning)))?;
-        let recall = match recall_rows {
-            0 => None,
-            rows => {
-                let plans = plans(model, program, tokens, rows)?;
-                let sum: f64 = plans.iter().filter_map(|p| p.recall).sum();
-                (!plans.is_empty()).then(|| sum / plans.len() as f64)
-            }
-        };
         let (kl, top1) = distance(&dense, &logits, model.spec().vocab);
         row(SparseRow {
             method: program.tag(),
@@ -90,7 +103,7 @@ pub fn compare(
             attn_s,
             plan_s: planning.time().as_secs_f64(),
             density: planning.density().unwrap_or(1.0),
-            recall,
+            recall: recalls.as_ref().map(|sums| sums[i].recall()),
             kl,
             top1,
         });

@@ -2,90 +2,34 @@
 //! `hydragen`).
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use antefix_engine::{EngineError, argmax};
-use antefix_kv::{KvError, Pool, SeqKv};
-use antefix_models::decoder::{Extra, Input, Model, Scratch};
+use antefix_kv::{KvError, SeqKv};
+use antefix_models::decoder::Model;
 use antefix_papers::repro::Together;
 use antefix_state::PAGE_ROWS;
 
 use crate::bench::{BenchError, tokens};
+use crate::crowd::Crowd;
 use crate::median;
 
-/// Rows of a prompt chunk.
-const CHUNK: usize = 512;
 /// Steps before anything is timed.
 const WARM: usize = 2;
 
 /// Sequences that are decoded together, greedily.
-struct Crowd {
+struct Party {
     seqs: Vec<SeqKv>,
     next: Vec<u32>,
     written: Vec<u32>,
 }
 
-struct Bench<'a> {
-    model: &'a Model,
-    pool: Pool,
-    scratch: Scratch,
-}
-
-impl Bench<'_> {
-    fn prefix(&mut self, tokens: &[u32]) -> Result<SeqKv, EngineError> {
-        let mut kv = SeqKv::new(self.pool.shape());
-        self.pool.reserve(&mut kv, tokens.len())?;
-        for chunk in tokens.chunks(CHUNK) {
-            let input = Input {
-                tokens: chunk,
-                kv: &kv,
-                logits: 0,
-                drawn: false,
-                extra: Extra::default(),
-            };
-            self.model
-                .forward(&mut self.pool, &[input], &mut self.scratch, &mut Vec::new())?;
-            kv.commit(chunk.len());
-        }
-        Ok(kv)
-    }
-
-    /// The same rows on pages of their own.
-    fn copy(&mut self, kv: &SeqKv) -> Result<SeqKv, KvError> {
-        let mut copy = SeqKv::new(self.pool.shape());
-        let mut bytes = Vec::new();
-        for block in 0..kv.len() / PAGE_ROWS {
-            self.pool.export_block(kv, block, &mut bytes);
-            self.pool.import_block(&mut copy, &bytes)?;
-        }
-        Ok(copy)
-    }
-
+impl Party {
     /// One token for everybody; seconds.
-    fn step(&mut self, crowd: &mut Crowd) -> Result<f64, EngineError> {
-        let start = Instant::now();
-        for kv in &mut crowd.seqs {
-            self.pool.reserve(kv, 1)?;
-        }
-        let inputs: Vec<Input<'_>> = crowd
-            .seqs
-            .iter()
-            .zip(&crowd.next)
-            .map(|(kv, next)| Input {
-                tokens: std::slice::from_ref(next),
-                kv,
-                logits: 1,
-                drawn: true,
-                extra: Extra::default(),
-            })
-            .collect();
-        let mut logits = Vec::new();
-        self.model
-            .forward(&mut self.pool, &inputs, &mut self.scratch, &mut logits)?;
-        crowd.next = logits.chunks_exact(self.model.spec().vocab).map(argmax).collect();
-        crowd.written.extend(&crowd.next);
-        crowd.seqs.iter_mut().for_each(|kv| kv.commit(1));
-        Ok(start.elapsed().as_secs_f64())
+    fn step(&mut self, crowd: &mut Crowd<'_>, vocab: usize) -> Result<f64, EngineError> {
+        let (logits, seconds) = crowd.step(&mut self.seqs, &self.next, &[])?;
+        self.next = logits.chunks_exact(vocab).map(argmax).collect();
+        self.written.extend(&self.next);
+        Ok(seconds)
     }
 }
 
@@ -108,27 +52,21 @@ pub fn together(
             context,
         });
     }
-    let shape = model.kv_shape();
-    let one = Pool::new(shape, 0).bytes_for(need + PAGE_ROWS);
-    let mut bench = Bench {
-        model,
-        pool: Pool::new(shape, one * (2 * batch + 1)),
-        scratch: Scratch::default(),
-    };
+    let (mut crowd, vocab) = (Crowd::new(model, need, 2 * batch + 1), model.spec().vocab);
     let prompt = tokens(model, prefix + batch, 3);
-    let kv = bench.prefix(&prompt[..prefix])?;
-    let crowd = |seqs: Result<Vec<SeqKv>, KvError>| -> Result<Crowd, EngineError> {
-        Ok(Crowd {
+    let kv = crowd.prefix(&prompt[..prefix])?;
+    let party = |seqs: Result<Vec<SeqKv>, KvError>| -> Result<Party, EngineError> {
+        Ok(Party {
             seqs: seqs?,
             next: prompt[prefix..].to_vec(),
             written: Vec::new(),
         })
     };
-    let mut shared = crowd((0..batch).map(|_| bench.pool.fork(&kv)).collect())?;
-    let mut unshared = crowd((0..batch).map(|_| bench.copy(&kv)).collect())?;
+    let mut shared = party((0..batch).map(|_| crowd.pool.fork(&kv)).collect())?;
+    let mut unshared = party((0..batch).map(|_| crowd.copy(&kv)).collect())?;
     let (mut times, mut pairs) = ([Vec::new(), Vec::new()], Vec::new());
     for step in 0..WARM + steps {
-        let pair = [bench.step(&mut shared)?, bench.step(&mut unshared)?];
+        let pair = [shared.step(&mut crowd, vocab)?, unshared.step(&mut crowd, vocab)?];
         if step >= WARM {
             pairs.push(pair[1] / pair[0]);
             times[0].push(pair[0]);

@@ -7,7 +7,9 @@ use antefix_attention::method::{DENSE, Program};
 use antefix_lab::bench::{self, BenchError, Row, SharedRow};
 use antefix_lab::likelihood::passage;
 use antefix_lab::plans::PlansError;
+use antefix_lab::plot::{Curve, curves};
 use antefix_lab::sparse::{SparseRow, compare};
+use antefix_lab::sparse_decode::{DecodeRow, decode};
 use antefix_lab::tasks::Prose;
 use antefix_lab::{bench_method, host::EngineHost};
 use antefix_models::decoder::Model;
@@ -48,7 +50,8 @@ pub(crate) struct Args {
     /// Decode with the hooks of this JSON file and without, in pairs: what they cost
     #[arg(long, value_name = "FILE", conflicts_with_all = ["methods", "shared_prefix", "compare"])]
     hooks: Option<PathBuf>,
-    /// Sparse prefill beside dense prefill instead: time, density, distance of the predictions
+    /// Sparse attention beside dense instead: time, density, distance of the predictions. Methods of the axis `decode` draw `--decode` tokens
+    /// in `--batch` sequences
     #[arg(long, conflicts_with_all = ["methods", "shared_prefix", "compare", "hooks"])]
     sparse: bool,
     /// With --sparse: tokens of the prompts
@@ -61,14 +64,17 @@ pub(crate) struct Args {
         default_value = "flexprefill,anchor_attention,block_topk"
     )]
     sparse_methods: Vec<String>,
-    /// With --sparse: measure the recall of the plans on this many rows of each stretch, in a pass of its own
+    /// With --sparse: measure the recall of the plans of prompts on this many rows of each of up to 32 stretches, in passes of their own
     #[arg(long, default_value_t = 0)]
     recall_rows: usize,
     /// With --sparse: prompts out of this text instead of generated prose
     #[arg(long, value_name = "FILE", requires = "sparse")]
     text: Option<PathBuf>,
-    /// How many sequences
-    #[arg(long, value_delimiter = ',', default_value = "1,8,32")]
+    /// With --sparse: draw the lost share of attention (of the predictions, if recall is not measured) against the time of attention, as SVG
+    #[arg(long, value_name = "FILE", requires = "sparse")]
+    plot: Option<PathBuf>,
+    /// How many sequences; default: 1,8,32, with --sparse 1
+    #[arg(long, value_delimiter = ',')]
     batch: Vec<usize>,
     /// JSON lines
     #[arg(long)]
@@ -104,7 +110,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if !args.shared_prefix.is_empty() {
         let n = args.decode.iter().copied().find(|&n| n > 0).unwrap_or(64);
         for &prefix in &args.shared_prefix {
-            for &batch in &args.batch {
+            for &batch in batches(args, &[1, 8, 32]) {
                 let row = bench::shared(&model, &tokenizer, prefix, batch, n).map_err(failure)?;
                 print_shared(&row, args.json)?;
             }
@@ -136,7 +142,15 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Sparse prefill beside dense prefill, length by length.
+fn batches<'a>(args: &'a Args, default: &'a [usize]) -> &'a [usize] {
+    if args.batch.is_empty() {
+        default
+    } else {
+        &args.batch
+    }
+}
+
+/// Sparse attention beside dense attention, length by length: prompts, then drawn tokens.
 fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result<(), Failure> {
     let prose = match &args.text {
         Some(file) => Prose::Text(String::from_utf8_lossy(&super::read(file)?).into_owned()),
@@ -164,6 +178,13 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
         .into_iter()
         .flatten()
         .collect();
+    let (given, drawn): (Vec<_>, Vec<_>) = programs.into_iter().partition(|p| p.planner().is_some());
+    let steps = args.decode.iter().copied().find(|&n| n > 0).unwrap_or(64);
+    let failure = |e: PlansError| match e {
+        PlansError::Engine(_) => Failure::other(e),
+        _ => Failure::input(e),
+    };
+    let (mut points, mut printed) = (Vec::new(), Ok(()));
     for &length in &args.lengths {
         let context = model.spec().context;
         if length < 2 || length > context {
@@ -178,27 +199,88 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
                 tokens.len()
             )));
         }
-        let mut printed = Ok(());
-        let row = |row: SparseRow| {
-            let recall = row.recall.map_or_else(|| "-".into(), |r| format!("{r:.3}"));
-            let print = match args.json {
-                true => json_line(&row),
-                false => line(format_args!(
-                    "{:>6}  {:8.2} s, attention {:7.2} s, planning {:6.2} s, density {:.3}, recall {recall}, KL {:.4}, top-1 {:.3}  {}",
-                    row.length, row.ttft_s, row.attn_s, row.plan_s, row.density, row.kl, row.top1, row.method
-                )),
+        if !given.is_empty() {
+            let row = |row: SparseRow| {
+                let print = print_prefill(&row, args.json);
+                points.push((
+                    row.method,
+                    length,
+                    row.attn_s,
+                    1.0 - row.recall.unwrap_or(row.top1),
+                ));
+                printed = std::mem::replace(&mut printed, Ok(())).and(print);
             };
-            if printed.is_ok() {
-                printed = print;
-            }
-        };
-        compare(model, &tokens, &programs, args.recall_rows, row).map_err(|e| match e {
-            PlansError::Engine(_) => Failure::other(e),
-            _ => Failure::input(e),
-        })?;
-        printed?;
+            compare(model, &tokens, &given, args.recall_rows, row).map_err(failure)?;
+        }
+        if !drawn.is_empty() {
+            let row = |row: DecodeRow| {
+                let print = print_drawn(&row, args.json);
+                printed = std::mem::replace(&mut printed, Ok(())).and(print);
+            };
+            decode(model, &tokens, steps, batches(args, &[1]), &drawn, row).map_err(failure)?;
+        }
+        std::mem::replace(&mut printed, Ok(()))?;
     }
-    Ok(())
+    match &args.plot {
+        Some(file) => plot(file, points, args.recall_rows > 0),
+        None => Ok(()),
+    }
+}
+
+fn print_prefill(row: &SparseRow, json: bool) -> Result<(), Failure> {
+    if json {
+        return json_line(row);
+    }
+    let recall = row.recall.map_or_else(|| "-".into(), |r| format!("{r:.3}"));
+    line(format_args!(
+        "{:>6}  {:8.2} s, attention {:7.2} s, planning {:6.2} s, density {:.3}, recall {recall}, KL {:.4}, top-1 {:.3}  {}",
+        row.length, row.ttft_s, row.attn_s, row.plan_s, row.density, row.kl, row.top1, row.method
+    ))
+}
+
+fn print_drawn(row: &DecodeRow, json: bool) -> Result<(), Failure> {
+    if json {
+        return json_line(row);
+    }
+    line(format_args!(
+        "{:>6} x {:<3} {:7.1} tok/s, attention {:6.2} ms a step, planning {:6.2} ms, density {:.3}, KL {:.4}, top-1 {:.3}  {}",
+        row.length,
+        row.batch,
+        row.tok_s,
+        row.attn_s * 1e3,
+        row.plan_s * 1e3,
+        row.density,
+        row.kl,
+        row.top1,
+        row.method
+    ))
+}
+
+/// A curve a method and length through its settings, `(method, length, seconds, lost share)`.
+fn plot(
+    file: &std::path::Path,
+    mut points: Vec<(String, usize, f64, f64)>,
+    recall: bool,
+) -> Result<(), Failure> {
+    points.sort_by(|a, b| a.2.total_cmp(&b.2));
+    let mut drawn: Vec<Curve> = Vec::new();
+    for (method, length, seconds, lost) in points {
+        let name = format!("{} {length}", method.split(',').next().unwrap_or_default());
+        match drawn.iter_mut().find(|c| c.name == name) {
+            Some(curve) => curve.points.push((seconds, lost)),
+            None => drawn.push(Curve {
+                name,
+                points: vec![(seconds, lost)],
+            }),
+        }
+    }
+    let lost = match recall {
+        true => "lost share of attention (1 - recall)",
+        false => "share of other most likely tokens",
+    };
+    let axes = ("attention of the prompt, seconds", lost);
+    let svg = curves("Sparse prefill: what is lost against time", axes, &drawn).map_err(Failure::other)?;
+    super::analyse::write(file, &svg)
 }
 
 /// Decoding with hooks beside decoding without: every number of tokens at every depth.

@@ -1,19 +1,17 @@
 //! What settings of a planner cost and keep on real prompts.
 
-use std::collections::HashMap;
-use std::num::NonZeroUsize;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use antefix_attention::method::{
-    Axis, Chosen, DecodePlanner, DecodeSteps, Facts, Knobs, Method, Plan, PlanView, Planner, Profiles,
-    Program, Rig, RigError,
+    Axis, Chosen, DecodePlanner, DecodeSteps, Facts, Knobs, Method, Plan, PlanView, Profiles, Program, Rig,
+    RigError,
 };
-use antefix_attention::sparse::{Planning, recall};
+use antefix_attention::sparse::Planning;
 use antefix_engine::{EngineError, Session};
 use antefix_models::decoder::Model;
 
 use super::search::{Bench, Figures};
+use crate::panel::{Closeness, Sums, look};
 use crate::reuse::distance;
 
 /// Rows of a step; stretches of a plan may make it longer.
@@ -39,80 +37,7 @@ pub enum MeasureError {
     Engine(#[from] EngineError),
 }
 
-/// How closely recall is looked at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Closeness {
-    /// Stretches of a prompt that are looked at, at most.
-    pub stretches: usize,
-    /// Rows of a stretch.
-    pub rows: usize,
-    /// Decides which stretches.
-    pub seed: u64,
-}
-
-/// Sums over plans.
-#[derive(Debug, Clone, Copy, Default)]
-struct Sums {
-    recall: f64,
-    plans: usize,
-    pairs: (u64, u64),
-}
-
-impl Sums {
-    fn add(&mut self, view: &PlanView<'_>, plan: &Plan, rows: usize) {
-        let (kept, all) = plan.pairs(view.queries());
-        self.recall += recall(view, plan, rows);
-        self.plans += 1;
-        self.pairs = (self.pairs.0 + kept, self.pairs.1 + all);
-    }
-
-    fn figures(&self) -> Figures {
-        Figures {
-            // Where no layer is planned, everything is kept.
-            recall: if self.plans == 0 {
-                1.0
-            } else {
-                self.recall / self.plans as f64
-            },
-            density: if self.pairs.1 == 0 {
-                1.0
-            } else {
-                self.pairs.0 as f64 / self.pairs.1 as f64
-            },
-            kl: None,
-        }
-    }
-}
-
-/// Several planners that are asked about some stretches of a prompt, which is attended densely.
-#[derive(Debug)]
-struct Panel {
-    planners: Vec<Arc<dyn Planner>>,
-    /// Of all of them.
-    grain: NonZeroUsize,
-    /// Positions at which the stretches begin that are looked at.
-    starts: Vec<u32>,
-    rows: usize,
-    sums: Mutex<Vec<Sums>>,
-}
-
-impl Planner for Panel {
-    fn grain(&self) -> NonZeroUsize {
-        self.grain
-    }
-
-    fn plan(&self, view: &PlanView<'_>) -> Plan {
-        if self.starts.contains(&view.queries().start) {
-            let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-            for (planner, sums) in self.planners.iter().zip(sums.iter_mut()) {
-                sums.add(view, &planner.plan(view), self.rows);
-            }
-        }
-        view.dense()
-    }
-}
-
-/// The same for drawn tokens.
+/// Several planners that are asked about every drawn token, which is attended densely.
 #[derive(Debug)]
 struct DecodePanel {
     planners: Vec<Arc<dyn DecodePlanner>>,
@@ -225,11 +150,10 @@ impl<'a> Judge<'a> {
     /// The sums of `programs`, which are looked at together, on one prompt.
     fn sums(&self, (i, tokens): (usize, &[u32]), programs: &[Program]) -> Result<Vec<Sums>, MeasureError> {
         let name = self.method.card().name;
-        let mut all = vec![Sums::default(); programs.len()];
         if self.method.card().axis == Axis::Decode {
             let planner = |program: &Program| program.decode_planner().cloned();
             let planners: Option<Vec<_>> = programs.iter().map(planner).collect();
-            let sums = Arc::new(Mutex::new(all));
+            let sums = Arc::new(Mutex::new(vec![Sums::default(); programs.len()]));
             let panel = DecodePanel {
                 planners: planners.ok_or(MeasureError::NoPlanner(name))?,
                 rows: self.closeness.rows,
@@ -241,44 +165,16 @@ impl<'a> Judge<'a> {
                 &mut *sums.lock().unwrap_or_else(PoisonError::into_inner),
             ));
         }
-        // Those that plan the same stretches share a pass.
-        let mut by_grain: HashMap<NonZeroUsize, Vec<usize>> = HashMap::new();
-        for (at, program) in programs.iter().enumerate() {
-            let planner = program.planner().ok_or(MeasureError::NoPlanner(name))?;
-            by_grain.entry(planner.grain()).or_default().push(at);
-        }
-        let mut passes: Vec<_> = by_grain.into_iter().collect();
-        passes.sort_unstable();
-        for (grain, members) in passes {
-            let planners = members
-                .iter()
-                .filter_map(|&at| programs[at].planner().cloned())
-                .collect();
-            let panel = Arc::new(Panel {
-                planners,
-                grain,
-                starts: self.starts(i, tokens.len(), grain.get()),
-                rows: self.closeness.rows,
-                sums: Mutex::new(vec![Sums::default(); members.len()]),
-            });
-            let planner: Arc<dyn Planner> = Arc::clone(&panel) as Arc<dyn Planner>;
-            self.logits(tokens, Some(Planning::new(Some(planner), None, usize::MAX)))?;
-            let sums = panel.sums.lock().unwrap_or_else(PoisonError::into_inner);
-            members
-                .iter()
-                .zip(sums.iter())
-                .for_each(|(&at, sums)| all[at] = *sums);
-        }
-        Ok(all)
-    }
-
-    /// Where the stretches of prompt `i` begin that are looked at: one out of each of as many equal parts.
-    fn starts(&self, i: usize, tokens: usize, grain: usize) -> Vec<u32> {
-        let all = tokens.div_ceil(grain);
-        let parts = self.closeness.stretches.clamp(1, all);
-        let mut rng = fastrand::Rng::with_seed(self.closeness.seed.wrapping_add(i as u64));
-        let part = |part: usize| -> Range<usize> { part * all / parts..(part + 1) * all / parts };
-        (0..parts).map(|p| (rng.usize(part(p)) * grain) as u32).collect()
+        let planners: Option<Vec<_>> = programs.iter().map(|p| p.planner().cloned()).collect();
+        let closeness = Closeness {
+            seed: self.closeness.seed.wrapping_add(i as u64),
+            ..self.closeness
+        };
+        let planners = planners.ok_or(MeasureError::NoPlanner(name))?;
+        look(&planners, tokens.len(), closeness, |planning| {
+            self.logits(tokens, Some(planning)).map(drop)
+        })
+        .map_err(MeasureError::from)
     }
 
     /// Distance of the predictions under `program` on prompt `i`, and the share of equal most likely tokens.
@@ -308,7 +204,7 @@ impl<'a> Judge<'a> {
         let (mut recall, mut density, mut kl, mut top1) = (0.0, 0.0, 0.0, 0.0);
         for i in 0..self.prompts.len() {
             let sums = self.sums((i, &self.prompts[i]), std::slice::from_ref(&program))?;
-            let figures = sums[0].figures();
+            let figures = figures(&sums[0]);
             let (far, same) = self.distance_on(i, &program)?;
             recall += figures.recall / n;
             density += figures.density / n;
@@ -323,6 +219,14 @@ impl<'a> Judge<'a> {
             },
             top1,
         })
+    }
+}
+
+fn figures(sums: &Sums) -> Figures {
+    Figures {
+        recall: sums.recall(),
+        density: sums.density(),
+        kl: None,
     }
 }
 
@@ -343,7 +247,7 @@ impl Bench for Judge<'_> {
         ];
         for (i, tokens) in self.prompts.iter().enumerate() {
             for (all, sums) in all.iter_mut().zip(self.sums((i, tokens), &programs)?) {
-                let figures = sums.figures();
+                let figures = figures(&sums);
                 all.recall = all.recall.min(figures.recall);
                 all.density += figures.density / self.prompts.len() as f64;
             }

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use antefix_attention::method::{Card, Dial, Knobs, Method, Profiles, RawChoice, Value};
 use antefix_models::decoder::Model;
 
-pub use measure::{COMPARED, Closeness, Judge, MeasureError, Verdict};
+pub use crate::panel::Closeness;
+pub use measure::{COMPARED, Judge, MeasureError, Verdict};
 pub use search::{Bench, Figures, Point, Target, search};
 
 /// Settings behind the best that are verified if that one fails: each keeps more than the one before, or less under a budget.
