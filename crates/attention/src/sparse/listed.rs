@@ -1,8 +1,6 @@
 //! Scores of keys that stand here and there: what planners look at who do not look at every key.
 
-use antefix_kernels::attend::{Page, PageMut, scores_rows};
-use antefix_kernels::cpu::Cpu;
-use antefix_kv::KvDtype;
+use antefix_kernels::attend::{KvDtype, Page, PageMut, scores_each};
 use antefix_state::PAGE_ROWS;
 
 use super::execute::PACKED;
@@ -15,28 +13,32 @@ impl PlanView<'_> {
     pub fn largest_scores(&self, kv_head: usize, q: &[f32], keys: &[u32]) -> Vec<f32> {
         let (cpu, dim) = (self.rows.run.0, self.rows.geometry.dim);
         let mut largest = vec![f32::NEG_INFINITY; keys.len()];
-        let mut scores = vec![[0.0; PAGE_ROWS]; q.len() / dim];
-        let mut packed = Packed::new(dim, self.rows.pool.shape().dtype);
+        let (mut whole, mut packed) = (Vec::new(), Packed::new(dim, self.rows.pool.shape().dtype));
         let mut at = 0;
         for run in keys.chunk_by(|a, b| *a as usize / PAGE_ROWS == *b as usize / PAGE_ROWS) {
             let page = self.page(kv_head, run[0] as usize / PAGE_ROWS);
             if run.len() > PACKED as usize {
-                scores_rows(cpu, dim, q, None, &page, &mut scores);
-                let most = most(&scores);
-                for (to, key) in largest[at..].iter_mut().zip(run) {
-                    *to = most[*key as usize % PAGE_ROWS];
-                }
+                whole.push((page, at, run));
             } else {
                 for (i, key) in run.iter().enumerate() {
                     packed.push(&page, *key as usize % PAGE_ROWS, at + i);
-                    if packed.places.len() == PAGE_ROWS {
-                        packed.score(cpu, q, &mut scores, &mut largest);
-                    }
                 }
             }
             at += run.len();
         }
-        packed.score(cpu, q, &mut scores, &mut largest);
+        let pages = whole.iter().map(|w| w.0);
+        scores_each(cpu, dim, q, pages, |page, scores| {
+            let (most, (_, at, run)) = (most(scores), &whole[page]);
+            for (to, key) in largest[*at..].iter_mut().zip(*run) {
+                *to = most[*key as usize % PAGE_ROWS];
+            }
+        });
+        scores_each(cpu, dim, q, packed.pages(), |page, scores| {
+            let places = packed.places[page * PAGE_ROWS..].iter();
+            places
+                .zip(most(scores))
+                .for_each(|(&place, most)| largest[place] = most);
+        });
         largest
     }
 }
@@ -50,7 +52,7 @@ fn most(scores: &[[f32; PAGE_ROWS]]) -> [f32; PAGE_ROWS] {
     most
 }
 
-/// A page of copied keys.
+/// Copied keys, in pages.
 struct Packed {
     dim: usize,
     /// One of them holds the keys.
@@ -63,51 +65,54 @@ struct Packed {
 
 impl Packed {
     fn new(dim: usize, dtype: KvDtype) -> Self {
-        let n = |of: KvDtype| if of == dtype { PAGE_ROWS * dim } else { 0 };
         Self {
             dim,
-            k16: vec![0; n(KvDtype::Bf16)],
-            k32: vec![0.0; n(KvDtype::F32)],
+            k16: Vec::new(),
+            k32: Vec::new(),
             dtype,
-            places: Vec::with_capacity(PAGE_ROWS),
+            places: Vec::new(),
         }
     }
 
     /// Copies a key whose score goes to `place`.
     fn push(&mut self, from: &Page<'_>, row: usize, place: usize) {
+        let (size, at) = (PAGE_ROWS * self.dim, self.places.len() % PAGE_ROWS);
+        let page = self.places.len() / PAGE_ROWS * size;
         let mut to = match self.dtype {
-            KvDtype::Bf16 => PageMut::Bf16 {
-                k: &mut self.k16,
-                v: &mut [],
-            },
-            KvDtype::F32 => PageMut::F32 {
-                k: &mut self.k32,
-                v: &mut [],
-            },
+            KvDtype::Bf16 => {
+                self.k16.resize(page + size, 0);
+                PageMut::Bf16 {
+                    k: &mut self.k16[page..],
+                    v: &mut [],
+                }
+            }
+            KvDtype::F32 => {
+                self.k32.resize(page + size, 0.0);
+                PageMut::F32 {
+                    k: &mut self.k32[page..],
+                    v: &mut [],
+                }
+            }
         };
-        to.copy_key(self.places.len(), from, row);
+        to.copy_key(at, from, row);
         self.places.push(place);
     }
 
-    /// Puts the largest scores of the copied keys into their places, and begins again.
-    fn score(&mut self, cpu: Cpu, q: &[f32], scores: &mut [[f32; PAGE_ROWS]], largest: &mut [f32]) {
-        if self.places.is_empty() {
-            return;
-        }
-        // Scores never look at values: the keys stand in for them.
-        let page = match self.dtype {
-            KvDtype::Bf16 => Page::Bf16 {
-                k: &self.k16,
-                v: &self.k16,
-            },
-            KvDtype::F32 => Page::F32 {
-                k: &self.k32,
-                v: &self.k32,
-            },
-        };
-        scores_rows(cpu, self.dim, q, None, &page, scores);
-        for (place, most) in self.places.drain(..).zip(most(scores)) {
-            largest[place] = most;
-        }
+    /// Scores never look at values: the keys stand in for them.
+    fn pages(&self) -> impl Iterator<Item = Page<'_>> {
+        let size = PAGE_ROWS * self.dim;
+        (0..self.places.len().div_ceil(PAGE_ROWS)).map(move |page| {
+            let page = page * size..(page + 1) * size;
+            match self.dtype {
+                KvDtype::Bf16 => Page::Bf16 {
+                    k: &self.k16[page.clone()],
+                    v: &self.k16[page],
+                },
+                KvDtype::F32 => Page::F32 {
+                    k: &self.k32[page.clone()],
+                    v: &self.k32[page],
+                },
+            }
+        })
     }
 }

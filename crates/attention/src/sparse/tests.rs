@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
-use antefix_kernels::attend::scores_rows;
+use antefix_kernels::attend::scores_each;
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::ops::{Rope, RopeStyle};
 use antefix_kernels::team::Team;
@@ -415,13 +415,13 @@ fn the_largest_scores_of_listed_keys_are_those_of_whole_pages_bit_for_bit() {
                 .flat_map(|row| view.query(row, 3))
                 .collect();
             let mut all = vec![f32::NEG_INFINITY; 320];
-            for (page, all) in all.chunks_exact_mut(32).enumerate() {
-                let mut scores = [[0.0; 32]; 3];
-                scores_rows(cpu, 32, &q, None, &view.page(1, page), &mut scores);
+            let pages = (0..10).map(|page| view.page(1, page));
+            scores_each(cpu, 32, &q, pages, |page, scores| {
                 for row in scores {
-                    all.iter_mut().zip(row).for_each(|(most, s)| *most = most.max(s));
+                    let all = all[page * 32..].iter_mut();
+                    all.zip(row).for_each(|(most, s)| *most = most.max(*s));
                 }
-            }
+            });
             // Whole pages, pages of which many keys are asked for, and more single keys than a page has.
             for keep in [1, 2, 3, 4, 5, 29, 97] {
                 let keys: Vec<u32> = (0..300u32)

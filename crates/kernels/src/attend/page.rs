@@ -167,24 +167,38 @@ impl PageMut<'_> {
     /// When `row` is not below 32 or the lengths do not fit the page.
     pub fn write_row(&mut self, row: usize, key: &[f32], value: &[f32]) {
         let dim = key.len();
-        assert!(row < PAGE_ROWS && value.len() == dim, "a row of a page");
+        assert_eq!(value.len(), dim, "a key and its value");
+        self.write_key(row, key);
         match self {
-            PageMut::Bf16 { k, v } => {
-                // Two neighbours in a row of the key are neighbours in the page, the next two a line further.
-                let lines = k[k_bf16_at(dim, row, 0)..].chunks_mut(2 * HALF);
-                for (to, key) in lines.zip(key.as_chunks::<2>().0) {
-                    to[..2].copy_from_slice(&key.map(f32_to_bf16));
-                }
+            PageMut::Bf16 { v, .. } => {
                 let pairs = v[v_bf16_at(dim, row, 0)..].iter_mut().step_by(2);
                 for (to, &x) in pairs.zip(value) {
                     *to = f32_to_bf16(x);
                 }
             }
-            PageMut::F32 { k, v } => {
+            PageMut::F32 { v, .. } => v[row * dim..][..dim].copy_from_slice(value),
+        }
+    }
+
+    /// Writes the key (`[D]`) of `row` alone, rounding to the page's type.
+    ///
+    /// # Panics
+    /// When `row` is not below 32 or the length does not fit the page.
+    pub fn write_key(&mut self, row: usize, key: &[f32]) {
+        let dim = key.len();
+        assert!(row < PAGE_ROWS, "a row of a page");
+        match self {
+            PageMut::Bf16 { k, .. } => {
+                // Two neighbours in a row of the key are neighbours in the page, the next two a line further.
+                let lines = k[k_bf16_at(dim, row, 0)..].chunks_mut(2 * HALF);
+                for (to, key) in lines.zip(key.as_chunks::<2>().0) {
+                    to[..2].copy_from_slice(&key.map(f32_to_bf16));
+                }
+            }
+            PageMut::F32 { k, .. } => {
                 for (d, &x) in key.iter().enumerate() {
                     k[k_f32_at(dim, row, d)] = x;
                 }
-                v[row * dim..][..dim].copy_from_slice(value);
             }
         }
     }

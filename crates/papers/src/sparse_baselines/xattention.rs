@@ -20,7 +20,7 @@
 //! `tau=1` changes nothing. Layers with a window of their own are left alone. What is read does not depend on `chunk`.
 //!
 //! # Cost
-//! `1 / stride` of the products of dense attention, in f32, and a copy of the keys for each stretch of `chunk` blocks. Reported as `plan_s`.
+//! `1 / stride` of the products of dense attention, in bf16 where the cache is, and a copy of the keys for each stretch of `chunk` blocks. Reported as `plan_s`.
 //!
 //! # Differences from the paper
 //! The paper's runs have a threshold for each head, fitted to a model; here all heads have the same. A cap on scores is left out. Queries that a
@@ -37,7 +37,7 @@ use antefix_attention::method::{
     Axis, Builder, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
-use antefix_kernels::attend::{Page, PageMut, normalise, scores_each};
+use antefix_kernels::attend::{KvDtype, Page, PageMut, normalise, scores_each};
 use antefix_state::PAGE_ROWS;
 
 use super::knobs::{block, block_rows, chunk, unit, unit_of};
@@ -75,7 +75,7 @@ static CARD: Card = Card {
             source: "the paper; it has 8, too",
         },
         block("128", "the paper"),
-        chunk(4),
+        chunk(8),
         unit(
             "query_head",
             "One plan a query head, or one for all that share keys",
@@ -199,43 +199,72 @@ impl Antidiagonals {
     }
 }
 
-/// Keys of a head up to the last row, `stride` of them as one vector of `stride * D` values, in pages of 32 vectors. What is missing of the
-/// last ones is 0.
+/// Keys of a head up to the last row, `stride` of them as one vector of `stride * D` values, in pages of 32 vectors of the cache's type. What is
+/// missing of the last ones is 0.
 struct Groups {
     width: usize,
-    pages: Vec<f32>,
+    keys: Vectors,
+}
+
+enum Vectors {
+    Bf16(Vec<u16>),
+    F32(Vec<f32>),
 }
 
 impl Groups {
     fn of(view: &PlanView<'_>, kv_head: usize, stride: usize) -> Self {
         let (n, dim) = (view.queries().end as usize, view.rows.geometry.dim);
         let width = stride * dim;
-        let mut pages = vec![0.0; n.div_ceil(stride * PAGE_ROWS) * PAGE_ROWS * width];
-        let (mut key, mut unused) = (vec![0.0; width], vec![0.0; PAGE_ROWS * width]);
+        let values = n.div_ceil(stride * PAGE_ROWS) * PAGE_ROWS * width;
+        let mut keys = match view.rows.pool.shape().dtype {
+            KvDtype::Bf16 => Vectors::Bf16(vec![0; values]),
+            KvDtype::F32 => Vectors::F32(vec![0.0; values]),
+        };
+        let mut key = vec![0.0; width];
         for group in 0..n.div_ceil(stride) {
             key.fill(0.0);
             for (pos, key) in (group * stride..n).zip(key.chunks_exact_mut(dim)) {
                 view.key(view.rows.layer, kv_head, pos, key);
             }
             let page = group / PAGE_ROWS * PAGE_ROWS * width;
-            let mut to = PageMut::F32 {
-                k: &mut pages[page..page + PAGE_ROWS * width],
-                v: &mut unused,
+            let page = page..page + PAGE_ROWS * width;
+            let mut to = match &mut keys {
+                Vectors::Bf16(k) => PageMut::Bf16 {
+                    k: &mut k[page],
+                    v: &mut [],
+                },
+                Vectors::F32(k) => PageMut::F32 {
+                    k: &mut k[page],
+                    v: &mut [],
+                },
             };
-            to.write_row(group % PAGE_ROWS, &key, &key);
+            to.write_key(group % PAGE_ROWS, &key);
         }
-        Self { width, pages }
+        Self { width, keys }
+    }
+
+    /// The pages of the first `count` vectors. Scores read no values.
+    fn pages(&self, count: usize) -> impl Iterator<Item = Page<'_>> {
+        let size = PAGE_ROWS * self.width;
+        (0..count.div_ceil(PAGE_ROWS)).map(move |page| {
+            let page = page * size..(page + 1) * size;
+            match &self.keys {
+                Vectors::Bf16(k) => Page::Bf16 {
+                    k: &k[page.clone()],
+                    v: &k[page],
+                },
+                Vectors::F32(k) => Page::F32 {
+                    k: &k[page.clone()],
+                    v: &k[page],
+                },
+            }
+        })
     }
 
     /// Products of the vectors `q: [R, width]` with the first vectors here: `out: [R, count]`.
     fn scores(&self, view: &PlanView<'_>, q: &[f32], out: &mut [f32]) {
         let count = out.len() * self.width / q.len();
-        let pages = self.pages.chunks_exact(PAGE_ROWS * self.width);
-        // Scores read no values.
-        let pages = pages
-            .take(count.div_ceil(PAGE_ROWS))
-            .map(|k| Page::F32 { k, v: k });
-        scores_each(view.rows.run.0, self.width, q, pages, |page, some| {
+        scores_each(view.rows.run.0, self.width, q, self.pages(count), |page, some| {
             let at = page * PAGE_ROWS;
             let end = (at + PAGE_ROWS).min(count);
             for (to, from) in out.chunks_exact_mut(count).zip(some) {
