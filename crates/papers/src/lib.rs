@@ -81,10 +81,14 @@ pub const ALWAYS: &[&Card] = &[&hydragen::CARD];
 pub const REPROS: &[&Repro] = &[
     // repros: first
     &act::repro::REPRO,
+    &anchor_attention::repro::REPRO,
     &ape::repro::REPRO,
     &cacheblend::repro::REPRO,
     &compresskv::repro::REPRO,
+    &dhsa::repro::REPRO,
     &entropy_abf::repro::REPRO,
+    &flexprefill::repro::REPRO,
+    &hip_attention::repro::REPRO,
     &hydragen::repro::REPRO,
     &jrt::repro::REPRO,
     &razor_attention::repro::REPRO,
@@ -96,28 +100,9 @@ pub const REPROS: &[&Repro] = &[
 pub const WITHOUT_REPRO: &[(&str, &str)] = &[
     ("a_shape", "A baseline of planners."),
     ("a_shape_decode", "A baseline of `tidaldecode` and `hip_decode`."),
-    (
-        "anchor_attention",
-        "Not yet: its claim is a speed at equal recall, which needs the table of planners.",
-    ),
     ("block_topk", "A baseline of planners."),
-    (
-        "dhsa",
-        "Not yet: its claim is about a trained predictor, which nothing here trains yet.",
-    ),
-    (
-        "flexprefill",
-        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
-    ),
     ("h2o", "A baseline of `compresskv`."),
-    (
-        "hip_attention",
-        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
-    ),
-    (
-        "hip_decode",
-        "Not yet: its claim is a speed at equal quality, which needs the table of planners.",
-    ),
+    ("hip_decode", "The other form of `hip_attention`."),
     ("llama3_rope", "A baseline of `entropy_abf`."),
     ("minference", "A baseline of planners."),
     ("ntk_aware", "A baseline of `entropy_abf`."),

@@ -3,6 +3,8 @@
 //! A paper's `repro.rs` says what is claimed, which sweep and which baselines answer it, and from which figures on it counts as
 //! reproduced. It measures through [`Lab`], which the crate `antefix-lab` implements over the engine: papers never see it.
 
+mod prefill;
+
 use std::ops::Range;
 
 use antefix_attention::method::Facts;
@@ -10,6 +12,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::heads::HeadTest;
+
+#[cfg(test)]
+pub(crate) use prefill::made;
+pub use prefill::{Prefill, between, common_recall, prefill, rows, speedup};
 
 /// A paper's claim and how it is looked into.
 pub struct Repro {
@@ -325,6 +331,13 @@ pub trait Lab {
     /// # Errors
     /// When it does not fit the model's context, or the model fails.
     fn together(&mut self, prefix: usize, batch: usize, steps: usize) -> Result<Together, LabError>;
+
+    /// Computes one prompt of `length` tokens of real text densely and under every way, dense first; recall is measured on `rows` rows of a
+    /// stretch that is planned.
+    ///
+    /// # Errors
+    /// When the prompt does not fit the model's context, a way plans no prompts, or the model fails.
+    fn prefill(&mut self, length: usize, rows: usize, ways: &[Way<'_>]) -> Result<Vec<Prefill>, LabError>;
 }
 
 /// Texts whose likelihood is measured.

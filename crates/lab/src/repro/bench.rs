@@ -4,23 +4,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use antefix_attention::method::{Facts, Profiles, Program, RawMethods, Rig, Trust};
+use antefix_attention::method::{DENSE, Facts, Profiles, Program, RawMethods, Rig, Trust};
 use antefix_kv::Pool;
 use antefix_papers::ALL;
 use antefix_papers::act::sinks::Rule;
 use antefix_papers::heads::{HeadProfile, HeadTest};
 use antefix_papers::repro::{
-    Belief, HeadSearch, Lab, LabError, Library, Masked, PROFILE, Passages, Quiz, Recall, Reuse, Stretch,
-    Together, Way, mean,
+    Belief, HeadSearch, Lab, LabError, Library, Masked, PROFILE, Passages, Prefill, Quiz, Recall, Reuse,
+    Stretch, Together, Way, mean,
 };
 use antefix_papers::retrieval_heads::mask::Mask;
 
+use super::text::text;
 use crate::eval::{self, Cell, EvalError, Plan, Runner};
 use crate::heads::{self, HeadsError, MaskCurve, NeedleRuns, Pattern, Search, Subject};
 use crate::host::EngineHost;
 use crate::reuse::{self, Sizes};
 use crate::tasks::{Kit, Prose, Task};
-use crate::{likelihood, median, together};
+use crate::{likelihood, median, sparse, together};
 
 /// Where needles stand when heads are measured.
 const DEPTHS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
@@ -95,6 +96,16 @@ impl Bench {
         std::fs::create_dir_all(&folder).map_err(failed)?;
         let text = serde_json::to_string(&self.profile).map_err(failed)?;
         std::fs::write(folder.join(format!("{PROFILE}.json")), text).map_err(failed)
+    }
+
+    /// `length` tokens of real text.
+    fn text(&self, length: usize) -> Result<Vec<u32>, LabError> {
+        let context = self.subject.model.spec().context;
+        if length > context {
+            let why = format!("its context holds {context} tokens, {length} are asked for");
+            return Err(LabError::Model(why));
+        }
+        text(&self.subject.tokenizer, &self.prose, length).map_err(failed)
     }
 
     fn kit(&self, digits: u32) -> Kit<'_> {
@@ -347,5 +358,34 @@ impl Lab for Bench {
 
     fn together(&mut self, prefix: usize, batch: usize, steps: usize) -> Result<Together, LabError> {
         together::together(&self.subject.model, prefix, batch, steps).map_err(unfit)
+    }
+
+    fn prefill(&mut self, length: usize, rows: usize, ways: &[Way<'_>]) -> Result<Vec<Prefill>, LabError> {
+        let tokens = self.text(length)?;
+        let planned = |way: &Way<'_>| {
+            let program = self.program(way)?;
+            program.ok_or_else(|| failed("dense attention plans nothing"))
+        };
+        let programs = ways.iter().map(planned).collect::<Result<Vec<_>, _>>()?;
+        let mut found = Vec::with_capacity(1 + ways.len());
+        sparse::compare(&self.subject.model, &tokens, &programs, rows, |row| {
+            found.push(row)
+        })
+        .map_err(failed)?;
+        let names = [DENSE.to_string()]
+            .into_iter()
+            .chain(ways.iter().map(|way| way.concat()));
+        let of = |(method, r): (String, sparse::SparseRow)| Prefill {
+            method,
+            length: r.length,
+            ttft_s: r.ttft_s,
+            attn_s: r.attn_s,
+            plan_s: r.plan_s,
+            density: r.density,
+            recall: r.recall.unwrap_or(1.0),
+            kl: r.kl,
+            top1: r.top1,
+        };
+        Ok(names.zip(found).map(of).collect())
     }
 }

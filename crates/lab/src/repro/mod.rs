@@ -4,6 +4,7 @@ mod bench;
 mod page;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::time::Instant;
 

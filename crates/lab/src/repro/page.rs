@@ -42,7 +42,8 @@ pub fn page(repros: &[&Repro], lines: &[Line]) -> String {
     let mut page = String::from(
         "# Reproductions\n\n\
          What papers claim, measured again on small models. A verdict follows from the figures by the rule that stands above them. Short runs \
-         (`--fast`) have few samples and short texts: read them as a check that the experiment works. This page is written by\n\n\
+         (`--fast`) have few samples and short texts: read them as a check that the experiment works. Prompts under planners are real text: this \
+         repository's own pages, as they are in the program that measures (`--prose FILE`: another text). This page is written by\n\n\
          ```sh\nantefix repro --all --fast --write-docs   # then `cargo xtask docs` for the pages of the methods\n```\n\n\
          out of `docs/reproductions.jsonl`, which keeps the last figures of every reproduction, model and length of run. CI runs three short ones end to \
          end (`tests/repro.sh`), and all of them on a tiny random model.\n",

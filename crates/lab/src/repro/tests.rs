@@ -63,6 +63,17 @@ fn a_model_that_cannot_is_no_failure_and_a_failure_is_one() {
     assert!(reproduce(&broken, &mut bench(), Scale::Full, "here").is_err());
 }
 
+/// A random model answers nothing: only speed and distance can be judged.
+const JUDGED: [&str; 7] = [
+    "ape",
+    "cacheblend",
+    "dhsa",
+    "flexprefill",
+    "hip_attention",
+    "hydragen",
+    "jrt",
+];
+
 #[test]
 fn every_reproduction_comes_to_a_verdict_on_a_random_model() {
     let mut bench = bench();
@@ -70,8 +81,7 @@ fn every_reproduction_comes_to_a_verdict_on_a_random_model() {
         let (line, rows) = reproduce(repro, &mut bench, Scale::Fast, "here").unwrap();
         assert!(["reproduced", "partly", "not"].contains(&line.verdict.as_str()));
         assert!(!line.why.is_empty() && line.model == "tiny-random", "{line:?}");
-        // A random model answers nothing: only speed and distance can be judged.
-        let judged = ["ape", "cacheblend", "hydragen", "jrt"].contains(&repro.slug);
+        let judged = JUDGED.contains(&repro.slug);
         assert_eq!(line.measured.is_none(), rows.is_empty(), "{line:?}");
         assert!(!judged || line.measured.is_some(), "{line:?}");
     }
@@ -99,6 +109,32 @@ fn dense_believes_what_dense_believes() {
     let recalls = bench.recall(&quiz, &ways).unwrap();
     assert_eq!((recalls[0].n, recalls[0].kept), (2, 1.0));
     assert!(recalls[1].kept < 0.5);
+}
+
+#[test]
+fn prompts_are_computed_densely_and_under_planners_within_the_context() {
+    let mut bench = bench();
+    let (all, some) = ("hip_attention,top_k=1048576", "a_shape,block=32,window=32");
+    let found = bench.prefill(200, 2, &[&[all], &[some]]).unwrap();
+    assert_eq!(
+        found.iter().map(|p| &p.method).collect::<Vec<_>>(),
+        ["dense", all, some]
+    );
+    for same in &found[..2] {
+        assert_eq!(
+            (same.length, same.density, same.kl, same.top1),
+            (200, 1.0, 0.0, 1.0)
+        );
+        assert!((same.recall - 1.0).abs() < 1e-6, "{same:?}");
+    }
+    assert!(
+        found[2].density < 0.7 && found[2].recall < 1.0 && found[2].kl > 0.0,
+        "{found:?}"
+    );
+    let mut refused = |length, way: &[&str]| bench.prefill(length, 1, &[way]).unwrap_err();
+    assert!(matches!(refused(1 << 20, &["a_shape"]), LabError::Model(_)));
+    assert!(refused(200, &["quest"]).to_string().contains("`quest`"));
+    assert!(refused(200, &[]).to_string().contains("dense"));
 }
 
 #[test]

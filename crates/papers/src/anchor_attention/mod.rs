@@ -46,6 +46,7 @@ use antefix_state::PAGE_ROWS;
 use crate::sparse_baselines::knobs::{block, block_rows, unit, unit_of};
 
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

@@ -56,15 +56,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
 
-use crate::sparse_baselines::knobs::{Budget, block, block_rows, chunk, least, share, sinks};
+use crate::sparse_baselines::knobs::{BUDGETS, Budget, block, block_rows, chunk, least, share, sinks};
 
 mod cuts;
 pub mod predictor;
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 mod vs;
@@ -240,6 +241,10 @@ impl Method for Dhsa {
             heads,
             dense_tail: knobs.bool("dense_tail"),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        BUDGETS
     }
 }
 

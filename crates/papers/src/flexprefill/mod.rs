@@ -48,6 +48,7 @@ use crate::sparse_baselines::knobs::{block, block_rows, chunk, last_rows, unit, 
 use crate::sparse_baselines::select::{best, prefix};
 
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

@@ -51,6 +51,7 @@ use crate::sparse_baselines::knobs::{dense_layers, sinks, unit, unit_of};
 
 mod decode;
 pub mod reference;
+pub mod repro;
 mod search;
 #[cfg(test)]
 mod tests;

@@ -104,6 +104,20 @@ pub const SHARES: &[Dial] = &[Dial {
     to: 0.5,
 }];
 
+/// Values of [`share`] and [`least`] that are worth trying for prompts.
+pub const BUDGETS: &[Dial] = &[
+    Dial {
+        knob: "share",
+        from: 0.02,
+        to: 0.6,
+    },
+    Dial {
+        knob: "least",
+        from: 64.0,
+        to: 2048.0,
+    },
+];
+
 /// Numbers of blocks that are worth trying, of a knob `keep`.
 pub const KEPT_BLOCKS: &[Dial] = &[Dial {
     knob: "keep",

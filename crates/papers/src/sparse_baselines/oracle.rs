@@ -32,11 +32,11 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig, RigError,
-    Unit,
+    Axis, Builder, Card, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    RigError, Unit,
 };
 
-use super::knobs::{Budget, block, block_rows, least, share, unit, unit_of};
+use super::knobs::{BUDGETS, Budget, block, block_rows, least, share, unit, unit_of};
 use super::select::{best, prefix};
 
 /// The method.
@@ -104,6 +104,10 @@ impl Method for OracleTopK {
             gamma: knobs.float("gamma"),
             unit: unit_of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        BUDGETS
     }
 }
 

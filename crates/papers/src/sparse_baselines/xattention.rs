@@ -34,7 +34,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Cover, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
+    Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
 use antefix_kernels::attend::{KvDtype, Page, PageMut, normalise, scores_each};
@@ -104,6 +104,14 @@ impl Method for XAttention {
             chunk: knobs.size("chunk"),
             unit: unit_of(knobs),
         }))
+    }
+
+    fn dials(&self) -> &'static [Dial] {
+        &[Dial {
+            knob: "tau",
+            from: 0.5,
+            to: 0.99,
+        }]
     }
 }
 
