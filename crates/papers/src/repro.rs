@@ -3,7 +3,7 @@
 //! A paper's `repro.rs` says what is claimed, which sweep and which baselines answer it, and from which figures on it counts as
 //! reproduced. It measures through [`Lab`], which the crate `antefix-lab` implements over the engine: papers never see it.
 
-mod prefill;
+mod planned;
 
 use std::ops::Range;
 
@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::heads::HeadTest;
 
 #[cfg(test)]
-pub(crate) use prefill::made;
-pub use prefill::{Prefill, between, common_recall, prefill, rows, speedup};
+pub(crate) use planned::made;
+pub use planned::{Drawn, Prefill, between, common_recall, prefill, rows, speedup};
 
 /// A paper's claim and how it is looked into.
 pub struct Repro {
@@ -338,6 +338,19 @@ pub trait Lab {
     /// # Errors
     /// When the prompt does not fit the model's context, a way plans no prompts, or the model fails.
     fn prefill(&mut self, length: usize, rows: usize, ways: &[Way<'_>]) -> Result<Vec<Prefill>, LabError>;
+
+    /// Draws `steps` tokens of real text behind a prompt of `length`, densely and under every way, dense first; again for every number of
+    /// sequences in `batches`.
+    ///
+    /// # Errors
+    /// When it does not fit the model's context, a way plans no drawn tokens, or the model fails.
+    fn drawn(
+        &mut self,
+        length: usize,
+        steps: usize,
+        batches: &[usize],
+        ways: &[Way<'_>],
+    ) -> Result<Vec<Drawn>, LabError>;
 }
 
 /// Texts whose likelihood is measured.

@@ -10,8 +10,8 @@ use antefix_papers::ALL;
 use antefix_papers::act::sinks::Rule;
 use antefix_papers::heads::{HeadProfile, HeadTest};
 use antefix_papers::repro::{
-    Belief, HeadSearch, Lab, LabError, Library, Masked, PROFILE, Passages, Prefill, Quiz, Recall, Reuse,
-    Stretch, Together, Way, mean,
+    Belief, Drawn, HeadSearch, Lab, LabError, Library, Masked, PROFILE, Passages, Prefill, Quiz, Recall,
+    Reuse, Stretch, Together, Way, mean,
 };
 use antefix_papers::retrieval_heads::mask::Mask;
 
@@ -21,7 +21,7 @@ use crate::heads::{self, HeadsError, MaskCurve, NeedleRuns, Pattern, Search, Sub
 use crate::host::EngineHost;
 use crate::reuse::{self, Sizes};
 use crate::tasks::{Kit, Prose, Task};
-use crate::{likelihood, median, sparse, together};
+use crate::{likelihood, median, sparse, sparse_decode, together};
 
 /// Where needles stand when heads are measured.
 const DEPTHS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
@@ -83,6 +83,15 @@ impl Bench {
         }
         let program = Rig::assemble(&self.facts, &self.profiles(), &chosen).map_err(unfit)?;
         Ok(Some(Arc::new(program)))
+    }
+
+    /// A program for every way, none of them dense attention.
+    fn programs(&self, ways: &[Way<'_>]) -> Result<Vec<Arc<Program>>, LabError> {
+        let planned = |way: &Way<'_>| {
+            let program = self.program(way)?;
+            program.ok_or_else(|| failed("dense attention plans nothing"))
+        };
+        ways.iter().map(planned).collect()
     }
 
     fn keep(&mut self, search: &HeadSearch, test: HeadTest) -> Result<(), LabError> {
@@ -362,11 +371,7 @@ impl Lab for Bench {
 
     fn prefill(&mut self, length: usize, rows: usize, ways: &[Way<'_>]) -> Result<Vec<Prefill>, LabError> {
         let tokens = self.text(length)?;
-        let planned = |way: &Way<'_>| {
-            let program = self.program(way)?;
-            program.ok_or_else(|| failed("dense attention plans nothing"))
-        };
-        let programs = ways.iter().map(planned).collect::<Result<Vec<_>, _>>()?;
+        let programs = self.programs(ways)?;
         let mut found = Vec::with_capacity(1 + ways.len());
         sparse::compare(&self.subject.model, &tokens, &programs, rows, |row| {
             found.push(row)
@@ -387,5 +392,37 @@ impl Lab for Bench {
             top1: r.top1,
         };
         Ok(names.zip(found).map(of).collect())
+    }
+
+    fn drawn(
+        &mut self,
+        length: usize,
+        steps: usize,
+        batches: &[usize],
+        ways: &[Way<'_>],
+    ) -> Result<Vec<Drawn>, LabError> {
+        let tokens = self.text(length)?;
+        let programs = self.programs(ways)?;
+        let mut found = Vec::with_capacity(batches.len() * (1 + ways.len()));
+        let model = &self.subject.model;
+        sparse_decode::decode(model, &tokens, steps, batches, &programs, |row| found.push(row))
+            .map_err(failed)?;
+        let names = || {
+            [DENSE.to_string()]
+                .into_iter()
+                .chain(ways.iter().map(|way| way.concat()))
+        };
+        let of = |(method, r): (String, sparse_decode::DecodeRow)| Drawn {
+            method,
+            length: r.length,
+            batch: r.batch,
+            tok_s: r.tok_s,
+            attn_s: r.attn_s,
+            plan_s: r.plan_s,
+            density: r.density,
+            kl: r.kl,
+            top1: r.top1,
+        };
+        Ok(batches.iter().flat_map(|_| names()).zip(found).map(of).collect())
     }
 }

@@ -138,6 +138,29 @@ fn prompts_are_computed_densely_and_under_planners_within_the_context() {
 }
 
 #[test]
+fn tokens_are_drawn_densely_and_under_planners_for_every_batch() {
+    let mut bench = bench();
+    let (all, some) = (
+        "quest,least=1048576",
+        "a_shape_decode,least=32,share=0.01,dense_layers=0",
+    );
+    let found = bench.drawn(300, 4, &[1, 2], &[&[all], &[some]]).unwrap();
+    let names: Vec<_> = found.iter().map(|d| (d.method.as_str(), d.batch)).collect();
+    let ways = ["dense", all, some];
+    assert_eq!(names, [ways.map(|w| (w, 1)), ways.map(|w| (w, 2))].concat());
+    for same in [&found[0], &found[1], &found[4]] {
+        assert_eq!((same.density, same.kl, same.top1), (1.0, 0.0, 1.0));
+        assert!(same.length <= 300 - 4 && same.length > 200, "{same:?}");
+    }
+    assert!(found[2].density < 0.5 && found[2].kl > 0.0, "{found:?}");
+    assert!(matches!(
+        bench.drawn(1 << 20, 4, &[1], &[]),
+        Err(LabError::Model(_))
+    ));
+    assert!(bench.drawn(300, 4, &[1], &[&["a_shape"]]).is_err());
+}
+
+#[test]
 fn what_heads_do_is_measured_once_and_kept_for_methods() {
     let mut bench = bench();
     let search = |kind| HeadSearch {

@@ -36,9 +36,9 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
             .collect(),
     };
     let found = prefill(lab, length, &[&flex[..], &ours, &each].concat())?;
-    let (dense, found_all) = (&found[0], &found[1..]);
-    let (flex, rest) = found_all.split_at(flex.len());
-    let (ours, each) = rest.split_at(ours.len());
+    let (dense, others) = (&found[0], &found[1..]);
+    let (flex, others) = others.split_at(flex.len());
+    let (ours, each) = others.split_at(ours.len());
     let Some(both) = Both::at(flex, ours) else {
         return Err(LabError::Model(format!(
             "no recall that both methods reach: {} and {}",

@@ -44,6 +44,7 @@ use crate::sparse_baselines::knobs::{Budget, SHARES, drawn_share, least, unit, u
 use crate::sparse_baselines::select::best;
 
 pub mod reference;
+pub mod repro;
 #[cfg(test)]
 mod tests;
 

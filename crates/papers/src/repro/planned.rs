@@ -1,4 +1,4 @@
-//! What prompts cost and lose under planners, and how two methods compare at equal quality or at equal cost.
+//! What prompts and drawn tokens cost and lose under planners, and how two methods compare at equal quality or at equal cost.
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -25,6 +25,29 @@ pub struct Prefill {
     /// Mean KL divergence of the predictions at the last positions from the dense ones, nats.
     pub kl: f64,
     /// Share of these positions with the same most likely token.
+    pub top1: f64,
+}
+
+/// Tokens drawn behind a prompt, densely or under a planner; the tokens are given.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Drawn {
+    /// The method as it was asked for, or `dense`.
+    pub method: String,
+    /// Tokens of the prompt.
+    pub length: usize,
+    /// Sequences that draw together.
+    pub batch: usize,
+    /// Tokens a second of all of them.
+    pub tok_s: f64,
+    /// Seconds of attention a step, with planning.
+    pub attn_s: f64,
+    /// Of those, planning.
+    pub plan_s: f64,
+    /// Kept pairs of query and key over all, in all layers that could be planned.
+    pub density: f64,
+    /// Mean KL divergence of the predictions from the dense ones, nats.
+    pub kl: f64,
+    /// Share of the steps with the same most likely token.
     pub top1: f64,
 }
 
