@@ -82,6 +82,7 @@ struct Both {
     recall: f64,
     seconds: [f64; 2],
     density: [f64; 2],
+    kl: [f64; 2],
 }
 
 impl Both {
@@ -95,6 +96,7 @@ impl Both {
             recall,
             seconds: each(|p| p.attn_s)?,
             density: each(|p| p.density)?,
+            kl: each(|p| p.kl)?,
         })
     }
 
@@ -108,13 +110,16 @@ fn judge(both: &Both) -> Judgement {
     Judgement {
         verdict: Verdict::of(&[fewer, both.faster() >= FASTER]),
         why: format!(
-            "at a recall of {:.3} {:.3} of the pairs and {:.2} s, FlexPrefill {:.3} and {:.2} s: {:.2} times as fast ({FASTER} is asked)",
+            "at a recall of {:.3} {:.3} of the pairs and {:.2} s, FlexPrefill {:.3} and {:.2} s: {:.2} times as fast ({FASTER} is asked), KL {:.4} \
+             and {:.4}",
             both.recall,
             both.density[1],
             both.seconds[1],
             both.density[0],
             both.seconds[0],
-            both.faster()
+            both.faster(),
+            both.kl[1],
+            both.kl[0]
         ),
     }
 }
