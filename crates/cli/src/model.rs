@@ -214,8 +214,8 @@ impl Loaded {
             )));
         }
         let sizes = Pool::new(self.model.kv_shape(), 0);
-        // One sequence, and as much again for prefixes that stay cached.
-        let kv_bytes = sizes.bytes_for(context.min(trained).max(room) + 64) * 2;
+        // One sequence, and as much again for prefixes that stay cached; a quarter holds what planners keep of keys.
+        let kv_bytes = sizes.bytes_for(context.min(trained).max(room) + 64) * 9 / 4;
         let options = Options {
             kv_bytes,
             context,

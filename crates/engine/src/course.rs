@@ -50,6 +50,8 @@ pub struct PlanReport {
     pub decode_density: Option<f64>,
     /// Seconds that planning took.
     pub plan_s: f64,
+    /// Bytes that planners kept of keys at the end, beside the pages.
+    pub summary_bytes: usize,
 }
 
 /// The methods of one sequence at work. A sequence that lost its memory starts its course again and comes to the same state.
@@ -59,6 +61,8 @@ pub(crate) struct Course {
     reported: bool,
     angles: Option<Arc<Angles>>,
     planning: Option<Planning>,
+    /// Pairs of layer and KV head that are planned, and values of a head: what summaries of keys are counted by.
+    planned: (usize, usize),
     decider: Option<Decider>,
     /// Tokens of the prompt behind which the policy decides first.
     decide_at: usize,
@@ -101,7 +105,10 @@ impl Course {
             })
         });
         let rotation = program.rotation(job.tokens.len() + job.max_tokens);
+        let full = (0..model.spec().layers).filter(|&layer| model.geometry(layer).window.is_none());
+        let kv = model.kv_shape();
         Self {
+            planned: (full.count() * kv.kv_heads, kv.dim),
             angles: rotation.map(|r| model.angles(r)),
             planning: Planning::of(&program, job.tokens.len()),
             program,
@@ -184,6 +191,14 @@ impl Course {
         }
     }
 
+    /// Bytes that its planners need at most beside its pages, if it has `tokens` tokens.
+    pub(crate) fn beside(&self, tokens: usize) -> usize {
+        let (runs, dim) = self.planned;
+        self.planning
+            .as_ref()
+            .map_or(0, |p| p.summary_bytes(tokens, runs, dim))
+    }
+
     /// The position that no step may pass before the policy has decided.
     pub(crate) fn border(&self) -> usize {
         self.decider.as_ref().map_or(usize::MAX, |d| d.next)
@@ -247,6 +262,10 @@ impl Course {
             layers,
         };
         state.apply(pool, &edit).map_err(Undecided::Edit)?;
+        if let Some(planning) = self.planning.as_ref().filter(|_| !Extra::of(state).is_bare()) {
+            // Nothing is planned any more.
+            planning.truncate(0);
+        }
         self.edits += usize::from(edit.layers.iter().any(|l| *l != LayerEdit::KeepAll));
         let next = match decider.policy.every() {
             None => usize::MAX,
@@ -281,6 +300,7 @@ impl Course {
                 density: planning.density(),
                 decode_density: planning.decode_density(),
                 plan_s: planning.time().as_secs_f64(),
+                summary_bytes: planning.summary_bytes_now(),
             }),
             prompt_before: self.prompt_before,
             documents: self.documents.clone(),

@@ -164,6 +164,8 @@ pub(crate) struct Seq {
     pub(crate) id: SeqId,
     pub(crate) job: Job,
     kv: SeqState,
+    /// Bytes set aside in the pool for what its planners keep of its keys.
+    aside: usize,
     course: Course,
     /// Prompt and answer so far.
     tokens: Vec<u32>,
@@ -189,6 +191,7 @@ impl Seq {
         Self {
             id,
             kv,
+            aside: 0,
             prompt: tokens.len(),
             tokens,
             cached: None,
@@ -253,6 +256,24 @@ impl Seq {
     /// sequence that lost its memory may have more to do.
     fn decoding(&self) -> bool {
         self.done() >= self.prompt && (1..=FORCED_AT_ONCE).contains(&(self.tokens.len() - self.done()))
+    }
+
+    /// Sets memory aside for `n` more tokens: their pages, and what its planners keep of them.
+    fn reserve(&mut self, pool: &mut Pool, n: usize) -> Result<(), KvError> {
+        let beside = match Extra::of(&self.kv).is_bare() {
+            true => self.course.beside(self.done() + n).max(self.aside),
+            false => 0,
+        };
+        pool.set_aside(&mut self.aside, beside)?;
+        pool.reserve(&mut self.kv.tail, n)
+    }
+
+    /// Gives its memory back.
+    fn release(&mut self, pool: &mut Pool) {
+        let kv = std::mem::replace(&mut self.kv, SeqState::new(pool.shape()));
+        kv.release(pool);
+        // Less is always allowed.
+        let _ = pool.set_aside(&mut self.aside, 0);
     }
 
     fn usage(&self) -> Usage {
@@ -542,11 +563,12 @@ impl Engine {
             };
             need = need.max(self.pool.bytes_for(cut) * 2 + self.pool.shape().block_bytes());
         }
+        let course = Course::new(&self.model, &job);
+        need += course.beside(job.tokens.len() + job.max_tokens);
         let capacity = self.pool.capacity();
         if need > capacity {
             return Err(JobError::Memory { need, capacity });
         }
-        let course = Course::new(&self.model, &job);
         job.salt = course.salted(job.salt);
         let id = SeqId(self.next);
         self.next += 1;
@@ -828,13 +850,18 @@ impl Engine {
             let more = known + answer - cached;
             // Those who run can go on for a while, too: else the newcomer would soon lose its memory to them again.
             let spare = self.pool.shape().block_bytes() * self.running.len();
-            let need = self.pool.bytes_for(more + PAGE_ROWS);
+            let beside = seq.course.beside(known + answer);
+            let need = self.pool.bytes_for(more + PAGE_ROWS) + beside;
             if self.pool.free_bytes() < need + spare {
                 free(&mut self.cache, &mut self.chunks, &mut self.pool, need + spare);
             }
             let enough = self.running.is_empty() || self.pool.free_bytes() >= need + spare;
+            let mut aside = 0;
             let reserved = match enough {
-                true => self.pool.reserve(&mut kv, more),
+                true => match self.pool.reserve(&mut kv, more) {
+                    Ok(()) => self.pool.set_aside(&mut aside, beside),
+                    error => error,
+                },
                 false => {
                     self.pool.release(kv);
                     return Ok(());
@@ -853,7 +880,7 @@ impl Engine {
                 };
             }
             let mut seq = self.waiting.remove(at);
-            seq.kv.tail = kv;
+            (seq.kv.tail, seq.aside) = (kv, aside);
             let came = self.cache.take_loaded(&mut self.pool, seq.id);
             if seq.cached.is_none() {
                 seq.cached = Some(cached);
@@ -926,19 +953,23 @@ impl Engine {
         (0..self.waiting.len()).filter(move |&at| ready(&self.waiting[at]))
     }
 
-    /// Reserves the pages that `parts` will write. When there are none left, cached prefixes go first; then the sequences that
+    /// Reserves the memory that `parts` will write. When there are none left, cached prefixes go first; then the sequences that
     /// came last give their memory up: what they have computed stays cached as long as it can, the rest is computed again.
     fn make_room(&mut self, parts: &[Part]) -> Result<(), EngineError> {
         for part in parts {
             while let Some(at) = self.running.iter().position(|s| s.id == part.id) {
                 let seq = &mut self.running[at];
-                let Err(error) = self.pool.reserve(&mut seq.kv.tail, part.tokens) else {
+                let Err(error) = seq.reserve(&mut self.pool, part.tokens) else {
                     break;
                 };
-                let short = self.pool.bytes_for(part.tokens + PAGE_ROWS);
+                let beside = seq
+                    .course
+                    .beside(seq.done() + part.tokens)
+                    .saturating_sub(seq.aside);
+                let short = self.pool.bytes_for(part.tokens + PAGE_ROWS) + beside;
                 free(&mut self.cache, &mut self.chunks, &mut self.pool, short);
                 let seq = &mut self.running[at];
-                if self.pool.reserve(&mut seq.kv.tail, part.tokens).is_ok() {
+                if seq.reserve(&mut self.pool, part.tokens).is_ok() {
                     break;
                 }
                 if self.cache.give_loads_up(&mut self.pool) {
@@ -1002,8 +1033,7 @@ impl Engine {
             let reusable = seq.reusable(self.model.tells_drawn_apart());
             keep_prefix(&mut self.cache, &mut self.pool, &seq, reusable);
         }
-        let kv = std::mem::replace(&mut seq.kv, SeqState::new(self.pool.shape()));
-        kv.release(&mut self.pool);
+        seq.release(&mut self.pool);
         // What a policy decided is decided again, at the same places.
         seq.course.restart();
         seq.prompt_logprobs.clear();
@@ -1073,7 +1103,7 @@ impl Engine {
             }
         }
         self.cache.take_loaded(&mut self.pool, seq.id);
-        seq.kv.release(&mut self.pool);
+        seq.release(&mut self.pool);
         let tenant = seq.job.tenant;
         let still = |s: &Seq| s.job.tenant == tenant;
         if !self.waiting.iter().any(still) && !self.running.iter().any(still) {

@@ -78,8 +78,10 @@ pub struct Stats {
     pub capacity: usize,
     /// Pages taken from the system so far.
     pub bytes_allocated: usize,
-    /// Pages that somebody holds.
+    /// Pages that somebody holds, and what is set aside.
     pub bytes_used: usize,
+    /// Of those, set aside by [`Pool::set_aside`].
+    pub bytes_aside: usize,
 }
 
 /// A sequence's pages.
@@ -167,6 +169,8 @@ pub struct Pool {
     owners: Vec<u32>,
     free: Vec<PageId>,
     capacity_pages: usize,
+    /// Bytes that are counted though they lie elsewhere.
+    aside: usize,
 }
 
 impl Pool {
@@ -179,6 +183,7 @@ impl Pool {
             owners: Vec::new(),
             free: Vec::new(),
             capacity_pages: (capacity / shape.page_bytes()).min(u32::MAX as usize),
+            aside: 0,
         }
     }
 
@@ -203,9 +208,36 @@ impl Pool {
         self.owners.len() - self.free.len()
     }
 
+    /// Pages that may still be taken.
+    fn free_pages(&self) -> usize {
+        let aside = self.aside.div_ceil(self.shape.page_bytes());
+        self.capacity_pages - self.used_pages() - aside
+    }
+
     /// Bytes of pages that nobody holds.
     pub fn free_bytes(&self) -> usize {
-        (self.capacity_pages - self.used_pages()) * self.shape.page_bytes()
+        self.free_pages() * self.shape.page_bytes()
+    }
+
+    /// Counts `bytes` bytes as used for memory that lies outside the pages, such as what a sequence's planner keeps of its keys, instead of the
+    /// `aside` bytes that its owner had set aside before.
+    ///
+    /// # Errors
+    /// When the capacity does not allow it; then nothing has changed. Less than before is always allowed.
+    pub fn set_aside(&mut self, aside: &mut usize, bytes: usize) -> Result<(), KvError> {
+        let page = self.shape.page_bytes();
+        let more = bytes.saturating_sub(*aside);
+        let others = self.aside - *aside;
+        let room = (self.capacity_pages - self.used_pages()) * page;
+        if more > 0 && others.saturating_add(bytes) > room {
+            return Err(KvError::OutOfMemory {
+                asked: more,
+                free: self.free_bytes(),
+                capacity: self.capacity(),
+            });
+        }
+        (self.aside, *aside) = (others + bytes, bytes);
+        Ok(())
     }
 
     /// Figures for reports.
@@ -214,7 +246,8 @@ impl Pool {
         Stats {
             capacity: self.capacity(),
             bytes_allocated: self.chunks.len() * self.pages_per_chunk * page,
-            bytes_used: self.used_pages() * page,
+            bytes_used: self.used_pages() * page + self.aside,
+            bytes_aside: self.aside,
         }
     }
 
@@ -470,7 +503,7 @@ impl Pool {
 
     /// Makes sure that `pages` pages can be taken.
     pub(crate) fn admit(&mut self, pages: usize) -> Result<(), KvError> {
-        if pages <= self.capacity_pages - self.used_pages() && self.has_free(pages) {
+        if pages <= self.free_pages() && self.has_free(pages) {
             return Ok(());
         }
         Err(KvError::OutOfMemory {
@@ -570,6 +603,30 @@ mod tests {
             }
             seq.commit(1);
         }
+    }
+
+    #[test]
+    fn what_is_set_aside_takes_room_from_pages_until_it_is_given_back() {
+        let block = SHAPE.block_bytes();
+        let mut pool = Pool::new(SHAPE, 3 * block);
+        let (mut seq, mut aside) = (SeqKv::new(SHAPE), 0);
+        pool.reserve(&mut seq, PAGE_ROWS).expect("it is empty");
+        let error = pool.set_aside(&mut aside, 2 * block + 1);
+        assert!(matches!(error, Err(KvError::OutOfMemory { free, .. }) if free == 2 * block));
+        assert_eq!((aside, pool.stats().bytes_used), (0, block));
+        pool.set_aside(&mut aside, block + 1).expect("there is room");
+        assert_eq!(pool.stats().bytes_used, 2 * block + 1);
+        assert_eq!(pool.stats().bytes_aside, block + 1);
+        assert_eq!(pool.free_bytes(), block - SHAPE.page_bytes());
+        assert!(pool.reserve(&mut seq, 2 * PAGE_ROWS).is_err());
+        pool.set_aside(&mut aside, block).expect("less");
+        pool.reserve(&mut seq, 2 * PAGE_ROWS)
+            .expect("it fits to the byte");
+        assert_eq!(pool.free_bytes(), 0);
+        assert!(pool.set_aside(&mut aside, block + 1).is_err());
+        pool.set_aside(&mut aside, 0).expect("less");
+        pool.release(seq);
+        assert_eq!(pool.stats().bytes_used, 0);
     }
 
     fn read(pool: &Pool, seq: &SeqKv) -> Vec<u32> {

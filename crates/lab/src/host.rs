@@ -42,8 +42,8 @@ impl EngineHost {
     ) -> Self {
         let sizes = Pool::new(model.kv_shape(), 0);
         let options = Options {
-            // A cache policy writes what stays before the rest is freed.
-            kv_bytes: sizes.bytes_for(context + 64) * 2 + sizes.shape().block_bytes(),
+            // A cache policy writes what stays before the rest is freed; a quarter holds what planners keep of keys.
+            kv_bytes: sizes.bytes_for(context + 64) * 9 / 4 + sizes.shape().block_bytes(),
             context,
             budget: Budget::default(),
         };

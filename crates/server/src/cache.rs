@@ -72,7 +72,7 @@ pub(crate) async fn lookup(
     get,
     path = "/v1/cache/stats",
     tag = "cache",
-    responses((status = 200, description = "`blocks`, `bytes_used`, `bytes_capacity`", body = Object)),
+    responses((status = 200, description = "`blocks`, `bytes_used`, `bytes_aside`, `bytes_capacity`", body = Object)),
 )]
 pub(crate) async fn stats(State(app): Shared, _: Caller) -> Result<Json<Value>, ApiError> {
     let look = |engine: &mut antefix_engine::Engine| {
@@ -89,6 +89,7 @@ pub(crate) async fn stats(State(app): Shared, _: Caller) -> Result<Json<Value>, 
         "blocks_to_store": cache.to_store,
         "below": cache.below.as_ref().map(|below| pins::below_json(below, &cache.loaded)),
         "bytes_used": pool.bytes_used,
+        "bytes_aside": pool.bytes_aside,
         "bytes_allocated": pool.bytes_allocated,
         "bytes_capacity": pool.capacity,
     })))

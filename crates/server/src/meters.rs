@@ -100,6 +100,7 @@ pub(crate) struct Meters {
     running: Gauge,
     waiting: Gauge,
     kv_used: Gauge,
+    kv_aside: Gauge,
     kv_capacity: Gauge,
     kv_share: Gauge<f64, AtomicU64>,
     prompt_tokens: Counter,
@@ -137,6 +138,7 @@ impl Meters {
             running: Gauge::default(),
             waiting: Gauge::default(),
             kv_used: Gauge::default(),
+            kv_aside: Gauge::default(),
             kv_capacity: Gauge::default(),
             kv_share: Gauge::default(),
             prompt_tokens: Counter::default(),
@@ -175,12 +177,17 @@ impl Meters {
         r.register("antefix_requests_waiting", "Sequences in line", m.waiting.clone());
         r.register(
             "antefix_kv_bytes_used",
-            "Bytes of KV pages held",
+            "Bytes of KV pages held, and of what planners keep of keys",
             m.kv_used.clone(),
         );
         r.register(
+            "antefix_kv_bytes_aside",
+            "Of those, set aside for what planners keep of keys",
+            m.kv_aside.clone(),
+        );
+        r.register(
             "antefix_kv_bytes_capacity",
-            "Bytes of KV pages at most",
+            "Bytes of both at most",
             m.kv_capacity.clone(),
         );
         r.register(
@@ -385,6 +392,7 @@ impl Meters {
         self.running.set(load.running as i64);
         self.waiting.set(load.waiting as i64);
         self.kv_used.set(pool.bytes_used as i64);
+        self.kv_aside.set(pool.bytes_aside as i64);
         self.kv_capacity.set(pool.capacity as i64);
         self.kv_share
             .set(pool.bytes_used as f64 / pool.capacity.max(1) as f64);

@@ -250,6 +250,7 @@ pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
                 }
             }
             body["antefix"]["plan_s"] = json!(plan.plan_s);
+            body["antefix"]["summary_bytes"] = json!(plan.summary_bytes);
         }
         if let Some(d) = &r.documents {
             body["antefix"]["documents"] = json!({

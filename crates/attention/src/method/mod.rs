@@ -30,7 +30,9 @@ pub use hook::HookMaker;
 pub use host::{Answer, Ask, Host, HostError, Told};
 pub use knobs::{ChoiceError, Knobs, Value};
 pub use page::{HEADINGS, card_json, index, page};
-pub use planner::{Builder, Cover, DecodePlanner, DecodeSteps, Plan, PlanView, Planner, Scope, Unit};
+pub use planner::{
+    Builder, Cover, DecodePlanner, DecodeSteps, Plan, PlanView, Planner, Scope, Summary, Unit,
+};
 pub use policy::{CachePolicy, Fold, HeadEdit, LayerEdit, LayerView, Sight};
 pub use program::Program;
 pub use prompt::{Prompt, PromptPass, Words};

@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 
 pub use antefix_state::plan::{Builder, Cover, Plan, Scope, Unit};
 
-pub use crate::sparse::PlanView;
+pub use crate::sparse::{PlanView, Summary};
 
 /// Chooses the keys that the rows of a prompt read. Same view, same plan.
 ///
@@ -18,6 +18,11 @@ pub trait Planner: Send + Sync + Debug {
     /// next multiple or with the prompt; a step of the engine holds whole stretches only.
     fn grain(&self) -> NonZeroUsize;
 
+    /// What it asks the view to sum up of keys: memory is set aside for these, and the view gives no others.
+    fn summaries(&self) -> Vec<Summary> {
+        Vec::new()
+    }
+
     /// The plan of one layer for the rows of one stretch. It is valid ([`Plan::validate`]) and has a cover for each head or group.
     fn plan(&self, view: &PlanView<'_>) -> Plan;
 }
@@ -26,6 +31,11 @@ pub trait Planner: Send + Sync + Debug {
 pub trait DecodePlanner: Send + Sync + Debug {
     /// What follows one sequence, from its first drawn token on.
     fn start(&self) -> Box<dyn DecodeSteps>;
+
+    /// As [`Planner::summaries`].
+    fn summaries(&self) -> Vec<Summary> {
+        Vec::new()
+    }
 }
 
 /// A [`DecodePlanner`] at work on one sequence.

@@ -91,6 +91,9 @@ impl Planning {
         decode: Option<Arc<dyn DecodePlanner>>,
         prompt: usize,
     ) -> Self {
+        let given = planner.iter().flat_map(|p| p.summaries());
+        let kinds = given.chain(decode.iter().flat_map(|p| p.summaries()));
+        let summaries = Summaries::of_kinds(kinds);
         let begin = |planner: Arc<dyn DecodePlanner>| {
             let steps = planner.start();
             (planner, Mutex::new(steps))
@@ -99,7 +102,7 @@ impl Planning {
             planner,
             decode: decode.map(begin),
             prompt,
-            summaries: Summaries::default(),
+            summaries,
             given: Tally::default(),
             drawn: Tally::default(),
             nanos: AtomicU64::new(0),
@@ -173,13 +176,24 @@ impl Planning {
 
     /// Forgets what was planned and summed up: the sequence begins again.
     pub fn restart(&mut self) {
-        self.summaries = Summaries::default();
+        self.summaries.clear();
         (self.given, self.drawn) = (Tally::default(), Tally::default());
         self.nanos = AtomicU64::new(0);
         if let Some((planner, steps)) = &self.decode {
             *lock(steps) = planner.start();
         }
         self.take_plans();
+    }
+
+    /// Bytes at most of what is summed up of the first `tokens` keys, in `runs` pairs of layer and KV head, heads of `dim` values. Tables
+    /// around the values are not counted, as those of pages are not.
+    pub fn summary_bytes(&self, tokens: usize, runs: usize, dim: usize) -> usize {
+        self.summaries.bytes_for(tokens, runs, dim)
+    }
+
+    /// Bytes of what is summed up now.
+    pub fn summary_bytes_now(&self) -> usize {
+        self.summaries.bytes()
     }
 
     /// Forgets what was summed up of keys behind the first `len`: others may come.

@@ -371,7 +371,7 @@ fn plans_are_read_back_as_they_are_printed() {
 fn means_of_keys_are_those_of_the_pages_whenever_they_are_asked() {
     let case = Case::new((4, 2, 32), KvDtype::F32, 300);
     let team = Team::new(1);
-    let summaries = view::Summaries::default();
+    let summaries = view::Summaries::of_kinds([Summary::Mean, Summary::Mean]);
     let rope = Rope::new(&[1.0; 8], RopeStyle::Neox);
     for rows in [40, 170, 300] {
         let mut all = case.view(Cpu::best(), &team);
@@ -394,6 +394,9 @@ fn means_of_keys_are_those_of_the_pages_whenever_they_are_asked() {
                 assert!((f64::from(*mean) - want / n).abs() < 1e-6);
             }
         }
+        // Of the layer's two heads, full pages only.
+        assert_eq!(summaries.bytes(), summaries.bytes_for(rows, 2, 32));
+        assert_eq!(summaries.bytes(), rows / 32 * 2 * 32 * 4);
     }
 }
 

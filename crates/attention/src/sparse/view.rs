@@ -16,24 +16,39 @@ use crate::readout::AttentionView;
 /// What one layer and KV head says of its full pages, or windows: a vector of `D` values each, or several.
 type Pages = Arc<Mutex<Vec<Vec<f32>>>>;
 
-/// What there is to say of a page, or of a window of so many keys.
+/// What is kept, in f32, of each full page of a layer and KV head, or of each full window of keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Summary {
-    /// Mean of its keys, `[D]`.
+pub enum Summary {
+    /// Mean of a page's keys, `[D]`.
     Mean,
-    /// Least and largest value of each dimension, `[2, D]`.
+    /// Least and largest value of each dimension in a page, `[2, D]`.
     Bounds,
-    /// Means of the chunks of a window, `[chunks, D]`.
-    Chunks(usize),
+    /// Means of the chunks of a window, `[chunks, D]`, and, once for all layers and heads, where they begin.
+    Chunks {
+        /// Keys of a window.
+        keys: usize,
+        /// Chunks of a window at most.
+        most: usize,
+    },
 }
 
 impl Summary {
-    /// Keys that it is about.
+    /// Keys that one is about.
     fn keys(self) -> usize {
         match self {
             Self::Mean | Self::Bounds => PAGE_ROWS,
-            Self::Chunks(keys) => keys,
+            Self::Chunks { keys, .. } => keys,
         }
+    }
+
+    /// Bytes of its values at most, for the first `tokens` keys of a sequence: in `runs` pairs of layer and KV head, heads of `dim` values.
+    pub fn bytes(self, tokens: usize, runs: usize, dim: usize) -> usize {
+        let values = match self {
+            Self::Mean => runs * dim,
+            Self::Bounds => 2 * runs * dim,
+            Self::Chunks { most, .. } => most * (runs * dim + 1),
+        };
+        tokens / self.keys() * values * size_of::<f32>()
     }
 }
 
@@ -45,12 +60,55 @@ thread_local! {
 /// Summaries of full pages and windows, made once: they do not change once they are full.
 #[derive(Debug, Default)]
 pub(super) struct Summaries {
+    /// Those that the planners have said they need: no others are made.
+    kinds: Vec<Summary>,
     pages: Mutex<HashMap<(Summary, usize, usize), Pages>>,
     /// By the keys of a window: the first keys of the chunks of each.
     cuts: Mutex<HashMap<usize, Vec<Vec<u32>>>>,
 }
 
 impl Summaries {
+    pub(super) fn of_kinds(named: impl IntoIterator<Item = Summary>) -> Self {
+        let mut kinds = Vec::new();
+        for kind in named {
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        Self {
+            kinds,
+            ..Self::default()
+        }
+    }
+
+    /// Bytes of their values at most; see [`Summary::bytes`].
+    pub(super) fn bytes_for(&self, tokens: usize, runs: usize, dim: usize) -> usize {
+        let each = self.kinds.iter().map(|kind| kind.bytes(tokens, runs, dim));
+        each.sum()
+    }
+
+    /// Bytes of the values that are there.
+    pub(super) fn bytes(&self) -> usize {
+        let pages = |pages: &Pages| lock(pages).iter().map(Vec::len).sum::<usize>();
+        let values: usize = lock(&self.pages).values().map(pages).sum();
+        let cuts: usize = lock(&self.cuts).values().flatten().map(Vec::len).sum();
+        (values + cuts) * size_of::<f32>()
+    }
+
+    /// Forgets everything but what the planners need.
+    pub(super) fn clear(&mut self) {
+        *self = Self::of_kinds(std::mem::take(&mut self.kinds));
+    }
+
+    /// The chunks of windows of `keys` keys.
+    fn chunks(&self, keys: usize) -> (Summary, usize) {
+        let found = self.kinds.iter().find_map(|&kind| match kind {
+            Summary::Chunks { keys: own, most } if own == keys => Some((kind, most)),
+            _ => None,
+        });
+        found.expect("planners name the summaries that they ask for")
+    }
+
     pub(super) fn truncate(&self, len: usize) {
         for ((what, _, _), pages) in lock(&self.pages).iter() {
             lock(pages).truncate(len / what.keys());
@@ -61,6 +119,10 @@ impl Summaries {
     }
 
     fn of(&self, what: Summary, layer: usize, kv_head: usize) -> Pages {
+        assert!(
+            self.kinds.contains(&what),
+            "planners name the summaries that they ask for"
+        );
         Arc::clone(lock(&self.pages).entry((what, layer, kv_head)).or_default())
     }
 }
@@ -263,7 +325,7 @@ impl PlanView<'_> {
     /// has the keys that are there.
     ///
     /// # Panics
-    /// When `block` is no multiple of 32.
+    /// When `block` is no multiple of 32, or the planner has not named [`Summary::Mean`].
     pub fn mean_keys(&self, kv_head: usize, block: usize) -> Vec<f32> {
         assert!(
             block > 0 && block.is_multiple_of(PAGE_ROWS),
@@ -300,22 +362,34 @@ impl PlanView<'_> {
 
     /// Where chunks of keys begin in the first `count` windows of `keys` keys, which are full: `cut(i)` gives the first keys of the chunks of
     /// window `i`, ascending, the window's own first key among them. It is asked once a sequence and window, whatever the layer.
+    ///
+    /// # Panics
+    /// When the planner has not named [`Summary::Chunks`] of such windows, or there are more chunks.
     pub fn cuts(&self, keys: usize, count: usize, cut: impl Fn(usize) -> Vec<u32> + Sync) -> Vec<Vec<u32>> {
+        let (_, most) = self.summaries.chunks(keys);
         let mut cuts = lock(&self.summaries.cuts);
         let known = cuts.entry(keys).or_default();
         let from = known.len();
         known.extend(self.each(count.saturating_sub(from), |i| cut(from + i)));
+        assert!(
+            known.iter().all(|c| c.len() <= most),
+            "as many chunks as were named"
+        );
         known[..count].to_vec()
     }
 
     /// Means of the keys of `kv_head` in chunks, up to the first query: `[chunks, D]`. `cuts` has the first keys of the chunks of each full
     /// window of `keys` keys, as [`PlanView::cuts`] gives them, and last those of what stands behind, perhaps none. Means of full
     /// windows are made once.
+    ///
+    /// # Panics
+    /// When the planner has not named [`Summary::Chunks`] of such windows.
     pub fn mean_chunks(&self, kv_head: usize, keys: usize, cuts: &[Vec<u32>]) -> Vec<f32> {
         let Some((open, full)) = cuts.split_last() else {
             return Vec::new();
         };
-        let known = self.summaries.of(Summary::Chunks(keys), self.rows.layer, kv_head);
+        let (chunks, _) = self.summaries.chunks(keys);
+        let known = self.summaries.of(chunks, self.rows.layer, kv_head);
         let mut known = lock(&known);
         for window in known.len()..full.len() {
             let end = ((window + 1) * keys) as u32;
@@ -344,6 +418,9 @@ impl PlanView<'_> {
 
     /// Calls `f` with each of the first `pages` pages of `kv_head`, which are full, and the least and the largest value of each dimension
     /// of its keys: `[2, D]`.
+    ///
+    /// # Panics
+    /// When the planner has not named [`Summary::Bounds`].
     pub fn bounds(&self, kv_head: usize, pages: usize, mut f: impl FnMut(usize, &[f32])) {
         let dim = self.rows.geometry.dim;
         let known = self.summaries.of(Summary::Bounds, self.rows.layer, kv_head);

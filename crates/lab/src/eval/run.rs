@@ -44,8 +44,9 @@ impl Runner {
         let sizes = Pool::new(model.kv_shape(), 0);
         let reuses = program.as_ref().is_some_and(|p| p.chunk_use().is_some());
         let options = Options {
-            // A cache policy writes what stays before the rest is freed; documents fill pages of their own.
-            kv_bytes: sizes.bytes_for(context + 64) * if reuses { 6 } else { 2 }
+            // A cache policy writes what stays before the rest is freed; documents fill pages of their own; a quarter holds what planners
+            // keep of keys.
+            kv_bytes: sizes.bytes_for(context + 64) * if reuses { 25 } else { 9 } / 4
                 + sizes.shape().block_bytes(),
             context,
             budget: Budget::default(),

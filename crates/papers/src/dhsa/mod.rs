@@ -35,7 +35,7 @@
 //! # Cost
 //! Means of the chunks of a window are computed once a layer, boundaries once a prompt: with a predictor that is some ten products of the size of
 //! its channels squared a token. One product a chunk and block of queries, `1 / (length * block)` of those of dense attention. Reported as `plan_s`. Means are kept
-//! beside the cache in f32, `4 D` bytes a chunk, layer and KV head. With `rule=vs`: `1 / chunk` of the products of dense attention.
+//! beside the cache in f32, `4 D` bytes a chunk, layer and KV head, and counted with it. With `rule=vs`: `1 / chunk` of the products of dense attention.
 //!
 //! # Differences from the paper
 //! The preset is the first version of the paper, `rule=vs` the rule of most results of its second version, which has no boundaries; another of
@@ -57,7 +57,7 @@ use std::sync::Arc;
 
 use antefix_attention::method::{
     Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
-    RigError, Unit,
+    RigError, Summary, Unit,
 };
 
 use crate::sparse_baselines::knobs::{BUDGETS, Budget, block, block_rows, chunk, least, share, sinks};
@@ -303,6 +303,13 @@ struct Chunks {
 impl Planner for Chunks {
     fn grain(&self) -> NonZeroUsize {
         NonZeroUsize::new(self.block).unwrap_or(NonZeroUsize::MIN)
+    }
+
+    fn summaries(&self) -> Vec<Summary> {
+        vec![Summary::Chunks {
+            keys: WINDOW,
+            most: WINDOW / self.cuts.length,
+        }]
     }
 
     fn plan(&self, view: &PlanView<'_>) -> Plan {

@@ -40,7 +40,7 @@ use std::sync::Arc;
 
 use antefix_attention::method::{
     Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
-    RigError, Unit,
+    RigError, Summary, Unit,
 };
 
 use crate::sparse_baselines::Projection;
@@ -154,6 +154,10 @@ struct Flex {
 impl Planner for Flex {
     fn grain(&self) -> NonZeroUsize {
         NonZeroUsize::new(self.block * self.chunk).unwrap_or(NonZeroUsize::MIN)
+    }
+
+    fn summaries(&self) -> Vec<Summary> {
+        vec![Summary::Mean]
     }
 
     fn plan(&self, view: &PlanView<'_>) -> Plan {

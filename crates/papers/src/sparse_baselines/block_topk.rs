@@ -31,7 +31,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use antefix_attention::method::{
-    Axis, Builder, Card, Dial, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Unit,
+    Axis, Builder, Card, Dial, Knobs, Method, Paper, Plan, PlanView, Planner, Rig, RigError, Summary, Unit,
 };
 
 use super::knobs::{KEEP, KEPT_BLOCKS, block, block_rows};
@@ -85,6 +85,10 @@ struct Means {
 impl Planner for Means {
     fn grain(&self) -> NonZeroUsize {
         NonZeroUsize::new(self.block).unwrap_or(NonZeroUsize::MIN)
+    }
+
+    fn summaries(&self) -> Vec<Summary> {
+        vec![Summary::Mean]
     }
 
     fn plan(&self, view: &PlanView<'_>) -> Plan {

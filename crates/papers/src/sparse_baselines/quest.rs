@@ -19,10 +19,10 @@
 //!
 //! # Cost
 //! Two vectors a page are read instead of its 32 keys and values: 1/32 of the bytes, and they are kept beside the cache, in f32: `8 D` bytes
-//! a page, layer and KV head.
+//! a page, layer and KV head, counted with it.
 //!
 //! # Differences from the paper
-//! Pages of 32 keys instead of 16. Heads that share keys share pages, by step 2. The memory of the bounds is not counted with the cache's.
+//! Pages of 32 keys instead of 16. Heads that share keys share pages, by step 2.
 //!
 //! # References
 //! Tang et al., Quest: query-aware sparsity for efficient long-context LLM inference, ICML 2024, arXiv 2406.10774.
@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use antefix_attention::method::{
     Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Knobs, Method, Paper, Plan, PlanView, Rig,
-    RigError, Unit,
+    RigError, Summary, Unit,
 };
 use antefix_state::PAGE_ROWS;
 
@@ -90,6 +90,10 @@ struct Bounds {
 impl DecodePlanner for Bounds {
     fn start(&self) -> Box<dyn DecodeSteps> {
         Box::new(self.clone())
+    }
+
+    fn summaries(&self) -> Vec<Summary> {
+        vec![Summary::Bounds]
     }
 }
 
