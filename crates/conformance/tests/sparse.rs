@@ -140,6 +140,7 @@ fn small(card: &'static Card) -> Knobs {
             ("sinks" | "local" | "buffer" | "every" | "query_stride", Kind::Int { .. }) => Value::Int(8),
             ("share" | "gamma" | "tau", Kind::Float { .. }) if card.axis != Axis::Kv => Value::Float(0.3),
             ("theta", Kind::Float { .. }) => Value::Float(0.0),
+            ("correct_every", Kind::Int { .. }) => Value::Int(12),
             ("dense_tail", Kind::Bool) => Value::Bool(false),
             ("always", Kind::Bool) => Value::Bool(true),
             _ => continue,
@@ -472,6 +473,48 @@ fn a_request_whose_summaries_do_not_fit_is_refused() {
         }
     );
     submit(250).unwrap();
+}
+
+/// Law of `tidaldecode`: after a correction the cache and the next token's logits are those of a dense prompt of the same tokens.
+#[test]
+fn corrected_rows_and_the_logits_behind_them_are_those_of_a_dense_prompt() {
+    let tidal = on(Axis::Decode)
+        .into_iter()
+        .find(|m| m.card().name == "tidaldecode");
+    for arch in ARCHS {
+        let bench = Bench::new(arch);
+        let program = bench.program(&[tidal.unwrap()]);
+        let raw = request(60, 150, 41, Some(&program));
+        let mut engine = bench.roomy(4096);
+        let mut outcome = run(&mut engine, &[(0, raw.clone())]).remove(0);
+        let plan = outcome.report.as_ref().unwrap().plan.unwrap();
+        assert_eq!(plan.corrected, 36);
+        assert!(plan.decode_density < Some(0.95));
+        let tokens: Vec<u32> = raw
+            .tokens
+            .iter()
+            .chain(outcome.answer.iter().map(|a| &a.0))
+            .copied()
+            .collect();
+        for answered in [11, 12, 23, 24, 35, 36] {
+            let mut dense = request(60, 150, 1, None);
+            dense.tokens = tokens[..150 + answered].to_vec();
+            let want = bench.alone(&dense).bits()[0].1.clone();
+            let got: Vec<u32> = outcome.answer[answered].1.iter().map(|x| x.to_bits()).collect();
+            assert_eq!(
+                got == want,
+                answered % 12 == 0,
+                "{arch:?}, behind {answered} tokens"
+            );
+        }
+        // What was corrected is found by dense requests, and is what they would have computed.
+        let mut next = request(60, 150, 4, None);
+        next.tokens = [&tokens[..], &text(61, 20)].concat();
+        outcome = run(&mut engine, &[(0, next.clone())]).remove(0);
+        assert_eq!(outcome.usage.cached_tokens, (150 + 36) / PAGE_ROWS * PAGE_ROWS);
+        assert!(outcome.usage.cached_tokens > 150);
+        assert!(outcome.bits() == bench.alone(&next).bits(), "{arch:?}");
+    }
 }
 
 /// Lets anything come, and after every drawn token forces some that follow from it.

@@ -52,6 +52,8 @@ pub struct PlanReport {
     pub plan_s: f64,
     /// Bytes that planners kept of keys at the end, beside the pages.
     pub summary_bytes: usize,
+    /// Drawn tokens whose rows were replaced by those of a dense prompt.
+    pub corrected: usize,
 }
 
 /// The methods of one sequence at work. A sequence that lost its memory starts its course again and comes to the same state.
@@ -67,6 +69,9 @@ pub(crate) struct Course {
     /// Tokens of the prompt behind which the policy decides first.
     decide_at: usize,
     prompt: usize,
+    /// Tokens whose rows are, or are to be, those of given ones: the prompt's, and behind it drawn ones that were corrected. What was
+    /// decided here outlasts the loss of memory.
+    given: usize,
     prompt_before: usize,
     edits: usize,
     documents: Option<Provenance>,
@@ -116,6 +121,7 @@ impl Course {
             decider,
             decide_at,
             prompt: job.tokens.len(),
+            given: job.tokens.len(),
             prompt_before: job.prompt_before,
             edits: 0,
             documents: None,
@@ -144,6 +150,28 @@ impl Course {
         }
     }
 
+    /// Tokens that are computed as given ones: the prompt, and drawn ones that were corrected.
+    pub(crate) fn given(&self) -> usize {
+        self.given
+    }
+
+    /// Whether rows of drawn tokens are to be replaced by those of a dense prompt, now that a token was drawn and there are `tokens`: from
+    /// which row on. Where that is follows from the number of tokens alone, whatever the steps in which they came.
+    pub(crate) fn correct(&mut self, state: &SeqState, tokens: usize) -> Option<usize> {
+        let every = self.program.correct_every()?.get();
+        let drawn = tokens - self.prompt;
+        let given = self.prompt + drawn - drawn % every;
+        // Behind a cut rows are dense anyway.
+        if given == self.given || !Extra::of(state).is_bare() {
+            return None;
+        }
+        let from = std::mem::replace(&mut self.given, given);
+        if let Some(planning) = &self.planning {
+            planning.truncate(from);
+        }
+        Some(from)
+    }
+
     /// The salt under which pages of this sequence may be shared.
     pub(crate) fn salted(&self, salt: u64) -> u64 {
         let salt = self.program.salted(salt);
@@ -165,16 +193,16 @@ impl Course {
     }
 
     /// How many of the first `tokens` tokens are what they are in every prompt that starts with them under the same salt: drawn ones are
-    /// not under a planner, and of a planned prompt whole stretches in whole pages are, of which none ended where a policy decides.
+    /// not under a planner, unless they were corrected behind a dense prompt; of a planned prompt whole stretches in whole pages are, of
+    /// which none ended where a policy decides.
     pub(crate) fn keepable(&self, tokens: usize) -> usize {
         let Some(planning) = &self.planning else {
             return tokens;
         };
-        let tokens = tokens.min(self.prompt);
         match planning.grain() {
-            None => tokens,
+            None => tokens.min(self.given),
             Some(grain) => {
-                let tokens = tokens.min(self.decide_at);
+                let tokens = tokens.min(self.prompt).min(self.decide_at);
                 // The least common multiple: a page has a power of two rows.
                 let unit = grain.saturating_mul((PAGE_ROWS >> grain.trailing_zeros().min(31)).max(1));
                 tokens - tokens % unit
@@ -208,7 +236,11 @@ impl Course {
     pub(crate) fn extra<'a>(&'a self, state: &'a SeqState) -> Extra<'a> {
         Extra {
             angles: self.angles.as_deref(),
-            planning: self.planning.as_ref(),
+            // Corrections are dense.
+            planning: self
+                .planning
+                .as_ref()
+                .filter(|_| !(self.prompt..self.given).contains(&state.done())),
             ..Extra::of(state)
         }
     }
@@ -301,6 +333,7 @@ impl Course {
                 decode_density: planning.decode_density(),
                 plan_s: planning.time().as_secs_f64(),
                 summary_bytes: planning.summary_bytes_now(),
+                corrected: self.given - self.prompt,
             }),
             prompt_before: self.prompt_before,
             documents: self.documents.clone(),

@@ -213,12 +213,12 @@ impl Seq {
         self.kv.done()
     }
 
-    /// Tokens that can be computed before its cache policy decides again. The last of the prompt ends a step: those behind it were drawn.
+    /// Tokens that can be computed before its cache policy decides again. The last of the prompt ends a step, and the last given one: those
+    /// behind them are computed otherwise.
     fn pending(&self) -> usize {
-        let known = match self.drawn() {
-            true => self.tokens.len(),
-            false => self.prompt,
-        };
+        let ends = [self.prompt, self.course.given()];
+        let end = ends.into_iter().find(|&end| end > self.done());
+        let known = end.unwrap_or(self.tokens.len());
         known.min(self.course.border()) - self.done()
     }
 
@@ -226,7 +226,7 @@ impl Seq {
     fn findable(&self, apart: bool) -> usize {
         let known = self.tokens.len() - 1;
         self.course.cacheable(match apart {
-            true => known.min(self.prompt),
+            true => known.min(self.course.given()),
             false => known,
         })
     }
@@ -234,7 +234,7 @@ impl Seq {
     /// How many of its computed tokens are what another request's prompt would be: not the drawn ones if they are told `apart`.
     fn reusable(&self, apart: bool) -> usize {
         self.course.keepable(match apart {
-            true => self.done().min(self.prompt),
+            true => self.done().min(self.course.given()),
             false => self.done(),
         })
     }
@@ -247,9 +247,18 @@ impl Seq {
         }
     }
 
-    /// Whether its next rows are of drawn tokens.
+    /// Whether its next rows are of drawn tokens, and not given or corrected ones.
     fn drawn(&self) -> bool {
-        self.done() >= self.prompt
+        self.done() >= self.course.given()
+    }
+
+    /// Goes back to where drawn tokens are to be corrected, if they are by now.
+    fn correct(&mut self, pool: &mut Pool) {
+        if let Some(from) = self.course.correct(&self.kv, self.tokens.len()) {
+            pool.truncate(&mut self.kv.tail, from);
+            // Its pages stay its own. If there is none for the token drawn last, the next step makes room.
+            let _ = pool.reserve(&mut self.kv.tail, self.tokens.len() - from);
+        }
     }
 
     /// Whether it writes its answer: what is to be computed is the token drawn last and those that its constraint put behind it. A
@@ -711,7 +720,7 @@ impl Engine {
                     accept(seq, &self.tokenizer, row, &mut self.masked, events)
                 }));
                 match drawn {
-                    Ok(None) => {}
+                    Ok(None) => seq.correct(&mut self.pool),
                     Ok(Some(done)) => ended.push((seq.id, done)),
                     Err(_) => ended.push((seq.id, Done::Failed)),
                 }

@@ -251,6 +251,9 @@ pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
             }
             body["antefix"]["plan_s"] = json!(plan.plan_s);
             body["antefix"]["summary_bytes"] = json!(plan.summary_bytes);
+            if plan.corrected > 0 {
+                body["antefix"]["corrected"] = json!(plan.corrected);
+            }
         }
         if let Some(d) = &r.documents {
             body["antefix"]["documents"] = json!({

@@ -1,5 +1,6 @@
 //! The result of an installation: what a request carries.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use twox_hash::XxHash3_64;
@@ -23,6 +24,7 @@ pub struct Program {
     pub(super) stretch: Stretch,
     pub(super) planner: Option<Arc<dyn Planner>>,
     pub(super) decode_planner: Option<Arc<dyn DecodePlanner>>,
+    pub(super) correct_every: Option<NonZeroUsize>,
     pub(super) policy: Option<Arc<dyn CachePolicy>>,
     pub(super) chunks: Option<Arc<dyn ChunkUse>>,
     pub(super) plan: Option<Arc<HookPlan>>,
@@ -108,6 +110,11 @@ impl Program {
     /// What chooses the keys that drawn tokens read.
     pub fn decode_planner(&self) -> Option<&Arc<dyn DecodePlanner>> {
         self.decode_planner.as_ref()
+    }
+
+    /// Drawn tokens after which their rows are computed again, densely, as if they had been given; `None`: never.
+    pub fn correct_every(&self) -> Option<NonZeroUsize> {
+        self.correct_every
     }
 
     /// The salt under which pages of a prompt may be shared: what a planner has touched only with those that it would touch the same

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::Read;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -145,6 +146,7 @@ pub struct Rig<'m> {
     stretch: Option<Hung<Stretch>>,
     planner: Option<Hung<Arc<dyn Planner>>>,
     decode_planner: Option<Hung<Arc<dyn DecodePlanner>>>,
+    correct_every: Option<NonZeroUsize>,
     policy: Option<Hung<Arc<dyn CachePolicy>>>,
     chunks: Option<Hung<Arc<dyn ChunkUse>>>,
     plan: Option<Hung<Arc<HookPlan>>>,
@@ -203,6 +205,7 @@ impl<'m> Rig<'m> {
             stretch: None,
             planner: None,
             decode_planner: None,
+            correct_every: None,
             policy: None,
             chunks: None,
             plan: None,
@@ -255,6 +258,7 @@ impl<'m> Rig<'m> {
             stretch: self.stretch.map(|h| h.part).unwrap_or_default(),
             planner: self.planner.map(|h| h.part),
             decode_planner: self.decode_planner.map(|h| h.part),
+            correct_every: self.correct_every,
             policy: self.policy.map(|h| h.part),
             chunks: self.chunks.map(|h| h.part),
             // Code hangs on an empty plan where there is none.
@@ -377,6 +381,12 @@ impl<'m> Rig<'m> {
             "choose the keys that drawn tokens read",
             planner,
         )
+    }
+
+    /// Has the rows of drawn tokens replaced, once there are `every` of them, by those of a dense prompt; the method is the one that chooses
+    /// the keys that drawn tokens read.
+    pub fn correct_drawn(&mut self, every: NonZeroUsize) {
+        self.correct_every = Some(every);
     }
 
     /// Decides what the cache keeps.

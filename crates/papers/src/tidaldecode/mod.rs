@@ -16,6 +16,8 @@
 //!    their place.
 //! 3. (3.3) With `unit=kv_group` a unit counts by the largest weight, within its own head, among the heads of the group.
 //! 4. The other layers read the chosen units, and the token's own key.
+//! 5. (3.5) With `correct_every=c`, whenever the answer has grown to a multiple of `c` tokens, the last `c` are computed once more, together and
+//!    densely, as a prompt is, and their rows are replaced. The next token is drawn from the last of them.
 //!
 //! # Knobs
 //! `top_k` is the larger of `least` keys and the share `share` of what stands before. A `least` of at least the whole text changes nothing.
@@ -26,12 +28,13 @@
 //!
 //! # Differences from the paper
 //! Units of 32 keys, a page, instead of single ones: one key is spread over its page, and a page costs as much as its keys together.
-//! `unit_keys=1` is the paper's form. Heads that share keys share the choice. The token's own key is always read. The cache is not corrected
-//! by computing tokens again; a next turn computes the answer again as part of its prompt.
+//! `unit_keys=1` is the paper's form. Heads that share keys share the choice. The token's own key is always read. The end of an answer is
+//! not corrected: a next turn computes what is left as part of its prompt. `antefix tune` and `antefix bench --sparse` leave corrections out.
 //!
 //! # References
 //! Yang et al., TidalDecode: fast and accurate LLM decoding with position persistent sparse attention, ICLR 2025, arXiv 2410.05076.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -90,6 +93,14 @@ static CARD: Card = Card {
             help: "Keys that are chosen together",
             source: "ours; the paper has 1",
         },
+        Knob {
+            name: "correct_every",
+            kind: Kind::int(0, 1 << 20),
+            default: Preset::Int(0),
+            unit: "tokens of the answer",
+            help: "Drawn tokens that are then computed again densely, together, and replaced in the cache; 0: never",
+            source: "the paper; off in its published code",
+        },
         unit(
             "kv_group",
             "One choice for all heads that share keys, or one a query head",
@@ -123,6 +134,9 @@ impl Method for TidalDecode {
         };
         let used = |l: usize| next(l + 1).is_some();
         let again = next(recall).filter(|&l| recall > start && l > first && used(l));
+        if let Some(every) = NonZeroUsize::new(knobs.size("correct_every")) {
+            rig.correct_drawn(every);
+        }
         rig.set_decode_planner(Arc::new(Tidal {
             budget: Budget::of(knobs),
             select: [Some(first), again].into_iter().flatten().collect(),

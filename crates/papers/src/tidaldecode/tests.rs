@@ -15,6 +15,7 @@ fn it_conforms() {
             "least=4,share=0.05,start=0,recall=1,unit_keys=1",
             "least=40,share=0.01,start=0,recall=0,unit_keys=32",
             "least=16,share=0.1,start=1,unit_keys=16,unit=query_head",
+            "least=8,share=0.05,start=0,correct_every=7",
         ],
     );
 }
