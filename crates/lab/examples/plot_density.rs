@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let row: Value = serde_json::from_str(line)?;
         let number = |name: &str| row[name].as_f64().ok_or(format!("no number `{name}` in {line}"));
         let text = |name: &str| row[name].as_str().unwrap_or("?");
-        let case = format!("{}, {} keys, a {}", text("shape"), row["n"], text("unit"));
+        let case = format!("{}, {} keys, {}", text("shape"), row["n"], text("unit"));
         by_case
             .entry(case)
             .or_default()

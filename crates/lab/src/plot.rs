@@ -60,6 +60,21 @@ pub fn curves(title: &str, (x, y): (&str, &str), curves: &[Curve]) -> Result<Str
     };
     let xs = range(&mut all().map(|p| p.0), false);
     let ys = range(&mut all().map(|p| p.1), true);
+    let (middle_x, middle_y) = (f64::midpoint(xs.start, xs.end), f64::midpoint(ys.start, ys.end));
+    let points_in = |right: bool, upper: bool| {
+        all()
+            .filter(|p| (p.0 > middle_x) == right && (p.1 > middle_y) == upper)
+            .count()
+    };
+    let emptiest = [
+        (SeriesLabelPosition::UpperRight, points_in(true, true)),
+        (SeriesLabelPosition::LowerRight, points_in(true, false)),
+        (SeriesLabelPosition::UpperLeft, points_in(false, true)),
+        (SeriesLabelPosition::LowerLeft, points_in(false, false)),
+    ]
+    .into_iter()
+    .min_by_key(|corner| corner.1)
+    .map_or(SeriesLabelPosition::UpperRight, |corner| corner.0);
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (720, 420)).into_drawing_area();
@@ -81,20 +96,28 @@ pub fn curves(title: &str, (x, y): (&str, &str), curves: &[Curve]) -> Result<Str
         for (i, curve) in curves.iter().enumerate() {
             let colour = COLOURS[i % COLOURS.len()];
             let points: Vec<(f64, f64)> = curve.points.iter().filter(finite).copied().collect();
-            let line = LineSeries::new(points.clone(), colour.stroke_width(2));
+            // The same colour again: hollow dots, thinner lines.
+            let again = i >= COLOURS.len();
+            let width = if again { 1 } else { 2 };
+            let line = LineSeries::new(points.clone(), colour.stroke_width(width));
             chart
                 .draw_series(line)
                 .map_err(failed(title))?
                 .label(&curve.name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
-            let dots = points.into_iter().map(|p| Circle::new(p, 3, colour.filled()));
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(width)));
+            let style = if again {
+                colour.stroke_width(1)
+            } else {
+                colour.filled()
+            };
+            let dots = points.into_iter().map(|p| Circle::new(p, 3, style));
             chart.draw_series(dots).map_err(failed(title))?;
         }
         chart
             .configure_series_labels()
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.2))
-            .position(SeriesLabelPosition::UpperRight)
+            .position(emptiest)
             .draw()
             .map_err(failed(title))?;
         root.present().map_err(failed(title))?;

@@ -70,7 +70,7 @@ pub(crate) struct Args {
     /// With --sparse: prompts out of this text instead of generated prose
     #[arg(long, value_name = "FILE", requires = "sparse")]
     text: Option<PathBuf>,
-    /// With --sparse: draw the lost share of attention (of the predictions, if recall is not measured) against the time of attention, as SVG
+    /// With --sparse: draw the lost share of attention (KL, if recall is not measured) against the time of attention of prompts, as SVG
     #[arg(long, value_name = "FILE", requires = "sparse")]
     plot: Option<PathBuf>,
     /// How many sequences; default: 1,8,32, with --sparse 1
@@ -206,7 +206,7 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
                     row.method,
                     length,
                     row.attn_s,
-                    1.0 - row.recall.unwrap_or(row.top1),
+                    row.recall.map_or(row.kl, |recall| 1.0 - recall),
                 ));
                 printed = std::mem::replace(&mut printed, Ok(())).and(print);
             };
@@ -276,7 +276,7 @@ fn plot(
     }
     let lost = match recall {
         true => "lost share of attention (1 - recall)",
-        false => "share of other most likely tokens",
+        false => "KL from dense predictions, nats",
     };
     let axes = ("attention of the prompt, seconds", lost);
     let svg = curves("Sparse prefill: what is lost against time", axes, &drawn).map_err(Failure::other)?;
