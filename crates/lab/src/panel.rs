@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use antefix_attention::method::{Plan, PlanView, Planner};
+use antefix_attention::method::{Plan, PlanView, Planner, Summary};
 use antefix_attention::sparse::{Planning, recall};
 
 /// How closely recall is looked at.
@@ -78,6 +78,13 @@ struct Panel {
 impl Planner for Panel {
     fn grain(&self) -> NonZeroUsize {
         self.grain
+    }
+
+    fn summaries(&self) -> Vec<Summary> {
+        self.planners
+            .iter()
+            .flat_map(|planner| planner.summaries())
+            .collect()
     }
 
     fn plan(&self, view: &PlanView<'_>) -> Plan {

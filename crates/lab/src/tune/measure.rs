@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use antefix_attention::method::{
     Axis, Chosen, DecodePlanner, DecodeSteps, Facts, Knobs, Method, Plan, PlanView, Profiles, Program, Rig,
-    RigError,
+    RigError, Summary,
 };
 use antefix_attention::sparse::Planning;
 use antefix_engine::{EngineError, Session};
@@ -59,6 +59,13 @@ impl DecodePlanner for DecodePanel {
             rows: self.rows,
             sums: Arc::clone(&self.sums),
         })
+    }
+
+    fn summaries(&self) -> Vec<Summary> {
+        self.planners
+            .iter()
+            .flat_map(|planner| planner.summaries())
+            .collect()
     }
 }
 
