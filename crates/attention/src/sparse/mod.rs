@@ -18,4 +18,4 @@ pub use picture::{Grid, grid, picture};
 pub use planning::{Planned, Planning, recall};
 pub(crate) use planning::{Stretch, stretches};
 pub use reference::reference;
-pub use view::{PlanView, Summary};
+pub use view::{PlanView, Summary, Windows};

@@ -16,6 +16,15 @@ use crate::readout::AttentionView;
 /// What one layer and KV head says of its full pages, or windows: a vector of `D` values each, or several.
 type Pages = Arc<Mutex<Vec<Vec<f32>>>>;
 
+/// Windows of keys that are cut into chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Windows {
+    /// Keys of a window.
+    pub keys: usize,
+    /// Tells rules apart that cut in other places: several planners may look at one sequence.
+    pub rule: u64,
+}
+
 /// What is kept, in f32, of each full page of a layer and KV head, or of each full window of keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Summary {
@@ -25,8 +34,8 @@ pub enum Summary {
     Bounds,
     /// Means of the chunks of a window, `[chunks, D]`, and, once for all layers and heads, where they begin.
     Chunks {
-        /// Keys of a window.
-        keys: usize,
+        /// What is cut.
+        windows: Windows,
         /// Chunks of a window at most.
         most: usize,
     },
@@ -37,7 +46,7 @@ impl Summary {
     fn keys(self) -> usize {
         match self {
             Self::Mean | Self::Bounds => PAGE_ROWS,
-            Self::Chunks { keys, .. } => keys,
+            Self::Chunks { windows, .. } => windows.keys,
         }
     }
 
@@ -63,8 +72,8 @@ pub(super) struct Summaries {
     /// Those that the planners have said they need: no others are made.
     kinds: Vec<Summary>,
     pages: Mutex<HashMap<(Summary, usize, usize), Pages>>,
-    /// By the keys of a window: the first keys of the chunks of each.
-    cuts: Mutex<HashMap<usize, Vec<Vec<u32>>>>,
+    /// The first keys of the chunks of each window.
+    cuts: Mutex<HashMap<Windows, Vec<Vec<u32>>>>,
 }
 
 impl Summaries {
@@ -100,10 +109,10 @@ impl Summaries {
         *self = Self::of_kinds(std::mem::take(&mut self.kinds));
     }
 
-    /// The chunks of windows of `keys` keys.
-    fn chunks(&self, keys: usize) -> (Summary, usize) {
+    /// The chunks of such windows.
+    fn chunks(&self, windows: Windows) -> (Summary, usize) {
         let found = self.kinds.iter().find_map(|&kind| match kind {
-            Summary::Chunks { keys: own, most } if own == keys => Some((kind, most)),
+            Summary::Chunks { windows: own, most } if own == windows => Some((kind, most)),
             _ => None,
         });
         found.expect("planners name the summaries that they ask for")
@@ -113,8 +122,8 @@ impl Summaries {
         for ((what, _, _), pages) in lock(&self.pages).iter() {
             lock(pages).truncate(len / what.keys());
         }
-        for (keys, cuts) in lock(&self.cuts).iter_mut() {
-            cuts.truncate(len / keys);
+        for (windows, cuts) in lock(&self.cuts).iter_mut() {
+            cuts.truncate(len / windows.keys);
         }
     }
 
@@ -360,15 +369,20 @@ impl PlanView<'_> {
         means
     }
 
-    /// Where chunks of keys begin in the first `count` windows of `keys` keys, which are full: `cut(i)` gives the first keys of the chunks of
+    /// Where chunks of keys begin in the first `count` of `windows`, which are full: `cut(i)` gives the first keys of the chunks of
     /// window `i`, ascending, the window's own first key among them. It is asked once a sequence and window, whatever the layer.
     ///
     /// # Panics
     /// When the planner has not named [`Summary::Chunks`] of such windows, or there are more chunks.
-    pub fn cuts(&self, keys: usize, count: usize, cut: impl Fn(usize) -> Vec<u32> + Sync) -> Vec<Vec<u32>> {
-        let (_, most) = self.summaries.chunks(keys);
+    pub fn cuts(
+        &self,
+        windows: Windows,
+        count: usize,
+        cut: impl Fn(usize) -> Vec<u32> + Sync,
+    ) -> Vec<Vec<u32>> {
+        let (_, most) = self.summaries.chunks(windows);
         let mut cuts = lock(&self.summaries.cuts);
-        let known = cuts.entry(keys).or_default();
+        let known = cuts.entry(windows).or_default();
         let from = known.len();
         known.extend(self.each(count.saturating_sub(from), |i| cut(from + i)));
         assert!(
@@ -379,20 +393,20 @@ impl PlanView<'_> {
     }
 
     /// Means of the keys of `kv_head` in chunks, up to the first query: `[chunks, D]`. `cuts` has the first keys of the chunks of each full
-    /// window of `keys` keys, as [`PlanView::cuts`] gives them, and last those of what stands behind, perhaps none. Means of full
+    /// window, as [`PlanView::cuts`] gives them, and last those of what stands behind, perhaps none. Means of full
     /// windows are made once.
     ///
     /// # Panics
     /// When the planner has not named [`Summary::Chunks`] of such windows.
-    pub fn mean_chunks(&self, kv_head: usize, keys: usize, cuts: &[Vec<u32>]) -> Vec<f32> {
+    pub fn mean_chunks(&self, kv_head: usize, windows: Windows, cuts: &[Vec<u32>]) -> Vec<f32> {
         let Some((open, full)) = cuts.split_last() else {
             return Vec::new();
         };
-        let (chunks, _) = self.summaries.chunks(keys);
+        let (chunks, _) = self.summaries.chunks(windows);
         let known = self.summaries.of(chunks, self.rows.layer, kv_head);
         let mut known = lock(&known);
         for window in known.len()..full.len() {
-            let end = ((window + 1) * keys) as u32;
+            let end = ((window + 1) * windows.keys) as u32;
             known.push(self.means_between(kv_head, &full[window], end));
         }
         let mut means = known[..full.len()].concat();

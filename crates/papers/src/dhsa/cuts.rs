@@ -1,8 +1,10 @@
 //! Where chunks begin.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use antefix_attention::method::PlanView;
+use antefix_attention::sparse::Windows;
 
 use super::predictor::{Predictor, cosine};
 
@@ -33,6 +35,22 @@ pub(super) struct Cuts {
 }
 
 impl Cuts {
+    /// The windows that this cuts, apart from those that others cut.
+    pub(super) fn windows(&self) -> Windows {
+        let mut rule = DefaultHasher::new();
+        match &self.rule {
+            Rule::Fixed => (0, 0, 0),
+            Rule::Cosine(window) => (1, *window, 0),
+            Rule::Predictor(predictor, least) => (2, Arc::as_ptr(predictor) as usize, least.to_bits()),
+        }
+        .hash(&mut rule);
+        (self.layer, self.length, self.nms).hash(&mut rule);
+        Windows {
+            keys: WINDOW,
+            rule: rule.finish(),
+        }
+    }
+
     /// First keys of the chunks of window `window`, which is full.
     pub(super) fn of(&self, view: &PlanView<'_>, window: usize) -> Vec<u32> {
         let start = (window * WINDOW) as u32;

@@ -307,7 +307,7 @@ impl Planner for Chunks {
 
     fn summaries(&self) -> Vec<Summary> {
         vec![Summary::Chunks {
-            keys: WINDOW,
+            windows: self.cuts.windows(),
             most: WINDOW / self.cuts.length,
         }]
     }
@@ -320,13 +320,14 @@ impl Planner for Chunks {
         }
         // Step 1. A stretch is a block at most, and lies in one window.
         let full = start as usize / WINDOW;
-        let mut cuts = view.cuts(WINDOW, full, |window| self.cuts.of(view, window));
+        let windows = self.cuts.windows();
+        let mut cuts = view.cuts(windows, full, |window| self.cuts.of(view, window));
         let open = ((full * WINDOW) as u32..start).step_by(self.cuts.length);
         cuts.push(open.collect());
         let chunks = chunks(&cuts, start);
         // Step 2.
         let means = view.each(view.units(Unit::KvGroup), |head| {
-            view.mean_chunks(head, WINDOW, &cuts)
+            view.mean_chunks(head, windows, &cuts)
         });
         let unit = self.heads.unit();
         match self.heads {
