@@ -129,7 +129,17 @@ pub(crate) fn computed(
 
 #[cfg(test)]
 mod tests {
+    use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
+    use antefix_papers::ALL;
+
     use super::*;
+
+    fn program(model: &Model, text: &str) -> Arc<Program> {
+        let mut raw = RawMethods::default();
+        raw.add(ALL, text).expect("well written");
+        let chosen = raw.resolve(ALL, Trust::Local).expect("in range");
+        Arc::new(Rig::assemble(&model.facts(), &Profiles::default(), &chosen).expect("it goes"))
+    }
 
     #[test]
     fn equal_predictions_have_no_distance_and_others_that_of_the_formula() {
@@ -143,24 +153,40 @@ mod tests {
     }
 
     #[test]
-    fn a_method_that_keeps_everything_is_dense_and_one_that_does_not_is_measured() {
-        use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
-        use antefix_papers::ALL;
+    fn planners_that_cut_keys_in_other_places_do_not_share_their_chunks() {
         let (model, _) = antefix_conformance::tiny(
             antefix_models::spec::Arch::Llama,
             antefix_kernels::cpu::Cpu::best(),
             2,
         );
-        let program = |text: &str| {
-            let mut raw = RawMethods::default();
-            raw.add(ALL, text).expect("well written");
-            let chosen = raw.resolve(ALL, Trust::Local).expect("in range");
-            Arc::new(Rig::assemble(&model.facts(), &Profiles::default(), &chosen).expect("it goes"))
+        let methods = ["cosine", "fixed"].map(|rule| {
+            program(
+                &model,
+                &format!("dhsa,boundaries={rule},least=64,local=16,sinks=0"),
+            )
+        });
+        let tokens: Vec<u32> = (0..1280).map(|i| i * i % 199).collect();
+        let recalls = |methods: &[Arc<Program>]| {
+            let mut recalls = Vec::new();
+            compare(&model, &tokens, methods, 2, |row| recalls.push(row.recall)).expect("it runs");
+            recalls.split_off(1)
         };
+        let alone = [recalls(&methods[..1]), recalls(&methods[1..])].concat();
+        assert_ne!(alone[0], alone[1]);
+        assert_eq!(recalls(&methods), alone);
+    }
+
+    #[test]
+    fn a_method_that_keeps_everything_is_dense_and_one_that_does_not_is_measured() {
+        let (model, _) = antefix_conformance::tiny(
+            antefix_models::spec::Arch::Llama,
+            antefix_kernels::cpu::Cpu::best(),
+            2,
+        );
         let methods = [
-            program("a_shape,window=1048576"),
-            program("a_shape,block=32,sinks=2,window=8"),
-            program("block_topk,block=32,keep=3"),
+            program(&model, "a_shape,window=1048576"),
+            program(&model, "a_shape,block=32,sinks=2,window=8"),
+            program(&model, "block_topk,block=32,keep=3"),
         ];
         let tokens: Vec<u32> = (0..400).map(|i| i * 7 % 200).collect();
         let mut rows = Vec::new();
@@ -178,7 +204,7 @@ mod tests {
             );
         }
         assert!(rows.iter().all(|r| r.ttft_s >= r.attn_s && r.attn_s >= r.plan_s));
-        let decode = program("quest");
+        let decode = program(&model, "quest");
         let error = compare(&model, &tokens, &[decode], 0, |_| ()).expect_err("it plans no prompts");
         assert!(error.to_string().contains("`quest`"), "{error}");
     }
