@@ -4,7 +4,7 @@
     cargo build --release
     bench/session.py -m qwen2.5-coder-0.5b --tokens 30000 [--profile profile.toml ..] [--out rows.jsonl]
 
-The document is our own documentation, cut to about so many tokens (3.4 characters each). A server of its own answers the questions one after the other,
+The document is our own documentation, cut to about so many tokens (2.8 characters each). A server of its own answers the questions one after the other,
 greedily, so that the document is computed with the first of them and cached for the others. A JSON line a question: seconds to the first
 token and to the last, the answer; and one a session with the peak memory of the server.
 """
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -35,12 +36,16 @@ def free_port():
         return s.getsockname()[1]
 
 
-def ask(url, document, question, tokens):
+def ask(url, model, document, question, tokens):
     messages = [{"role": "system", "content": document}, {"role": "user", "content": question + " Answer in one sentence."}]
-    body = {"model": "any", "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
     started, first, answer, usage, methods = time.monotonic(), None, "", None, None
-    with urllib.request.urlopen(request, timeout=900) as reply:
+    try:
+        reply = urllib.request.urlopen(request, timeout=900)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{error}: {error.read().decode()}")
+    with reply:
         for line in reply:
             if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                 continue
@@ -69,7 +74,7 @@ def session(args, document, profile):
         else:
             sys.exit("the server did not start")
         for question in QUESTIONS:
-            yield {"profile": profile or "dense", **ask(url, document, question, args.answer)}
+            yield {"profile": profile or "dense", **ask(url, args.model, document, question, args.answer)}
         status = Path(f"/proc/{server.pid}/status").read_text()
         peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
         yield {"profile": profile or "dense", "peak_mib": peak / 1024}
@@ -87,7 +92,7 @@ def main():
     parser.add_argument("--profile", action="append", default=[])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    document = "\n".join((ROOT / text).read_text() for text in TEXTS)[: int(args.tokens * 3.4)]
+    document = "\n".join((ROOT / text).read_text() for text in TEXTS)[: int(args.tokens * 2.8)]
     for profile in [None, *args.profile]:
         for row in session(args, document, profile):
             print(json.dumps(row), flush=True)

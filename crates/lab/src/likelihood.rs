@@ -18,12 +18,17 @@ const ROWS: usize = 64;
 
 /// A text of exactly `length` tokens out of `prose`, behind the begin-of-text token where the model has one.
 pub fn passage(tokenizer: &Tokenizer, prose: &Prose, length: usize, seed: u64) -> Vec<u32> {
-    let mut rng = fastrand::Rng::with_seed(seed);
     let start = tokenizer.bos().filter(|_| tokenizer.add_bos());
-    let mut tokens: Vec<u32> = start.into_iter().collect();
-    // More than is needed: sentences do not end where a text does.
-    let sentences = prose.sentences(tokenizer, length + 256, &mut rng);
-    tokens.extend(sentences.into_iter().flatten());
+    let mut tokens: Vec<u32> = Vec::new();
+    // More than is needed: sentences do not end where a text does, and a table of somebody's text is one long sentence.
+    for more in [256, 1024, 4096] {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let sentences = prose.sentences(tokenizer, length + more, &mut rng);
+        tokens = start.into_iter().chain(sentences.into_iter().flatten()).collect();
+        if tokens.len() >= length {
+            break;
+        }
+    }
     tokens.truncate(length);
     tokens
 }
@@ -199,6 +204,16 @@ mod tests {
         assert_eq!((whole.len(), whole[0].n), (1, 2 * 149));
         let sum: f64 = parts.iter().map(|s| s.nll * s.n as f64).sum();
         assert!((sum - whole[0].nll * whole[0].n as f64).abs() < 1e-6 * sum);
+    }
+
+    #[test]
+    fn long_sentences_leave_no_passage_short() {
+        let (_, tokenizer) = tiny(Arch::Llama, Cpu::best(), 1);
+        let long = "so and ".repeat(300) + "on. ";
+        let prose = Prose::Text(long.clone() + "It is short. " + &long);
+        for length in [40, 100, 700] {
+            assert_eq!(passage(&tokenizer, &prose, length, 1).len(), length);
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! # When it helps
 //! Long prompts, where a fixed and known number of keys a row is worth more than a promise of quality. What is kept are short runs of keys. It is as good as
 //! the mean of a chunk is: a single telling token among others is missed.
+//! To the first token of Qwen2.5-Coder it is 1.2 times as fast as dense attention at 4,096 tokens, 1.5 at 8,192 (docs/results.md).
 //!
 //! # Steps
 //! 1. (Boundaries) Keys of the first layer that sees all keys decide for all layers, in windows of 512. `cosine`, the preset, needs no

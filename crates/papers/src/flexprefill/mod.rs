@@ -9,6 +9,8 @@
 //! # When it helps
 //! Long prompts, from a few thousand tokens on: below twice `min_budget` there is little to leave out. One knob for quality, no calibration.
 //! It fails where the last rows of a stretch look elsewhere than the others.
+//! To the first token of Qwen2.5-Coder it is 1.1 times as fast as dense attention at 4,096 tokens, 1.4 at 8,192 and 2.0 at 16,384; below 4,000
+//! nothing is gained (docs/results.md).
 //!
 //! # Steps
 //! 1. (3.1) Weights of the last `rows` queries of the stretch over all keys; their means by key, and by distance.

@@ -8,6 +8,8 @@
 //! # When it helps
 //! Answers to long prompts: a search looks at few keys, and only once in `refresh` tokens. What a token looks for that none before
 //! it needed is missed until the next search.
+//! Tokens of Qwen2.5-Coder come as fast as densely behind 4,096 tokens, 1.4 times behind 16,384, 1.6 behind 32,000, 2.9 there with eight
+//! sequences (docs/results.md).
 //!
 //! # Steps
 //! 1. (Decoding) The first drawn token, and every `refresh`-th from there on, searches in every layer behind the first `dense_layers`.

@@ -7,6 +7,8 @@
 //! # When it helps
 //! It is the plain baseline that every paper on sparse prefill compares with ("block sparse"). It finds text about the same subject; a
 //! single telling token drowns in the mean of its block.
+//! With `keep=32` it is 1.1 times as fast as dense attention to the first token of Qwen2.5-Coder at 4,096 tokens, 1.4 at 8,192
+//! (docs/results.md).
 //!
 //! # Steps
 //! 1. Means of the queries of each head over blocks of `block`, and of the keys.

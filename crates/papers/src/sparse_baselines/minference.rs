@@ -8,6 +8,8 @@
 //! # When it helps
 //! Long prompts whose rows look at the same keys, or at the same distances. Unlike flexprefill it gives every head the same budget,
 //! whether its attention is broad or narrow: it is the baseline for budgets that adapt.
+//! To the first token of Qwen2.5-Coder it is 0.9 times as fast as dense attention at 4,096 tokens, 1.1 at 8,192, 1.4 at 16,384
+//! (docs/results.md).
 //!
 //! # Steps
 //! 1. Weights of the last `rows` queries of the stretch over all keys, summed by key, and by distance.

@@ -8,6 +8,8 @@
 //! # When it helps
 //! Long prompts. An antidiagonal crosses every column and every diagonal of its square, so that neither is missed as in means of
 //! blocks; whole blocks are read for it.
+//! To the first token of Qwen2.5-Coder it is 1.1 times as fast as dense attention at 4,096 tokens, 1.4 at 8,192, 2.3 at 32,000
+//! with `unit=kv_group` (docs/results.md).
 //!
 //! # Steps
 //! 1. Queries in groups of `stride`, the last of a group first, keys in groups of `stride`, each group as one long vector. The product of
