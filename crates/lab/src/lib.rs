@@ -22,6 +22,8 @@ pub mod sparse;
 pub mod sparse_decode;
 pub mod sparsity;
 pub mod tasks;
+#[cfg(test)]
+mod testing;
 pub mod together;
 pub mod tune;
 

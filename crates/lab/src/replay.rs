@@ -235,22 +235,14 @@ pub fn replay(
 
 #[cfg(test)]
 mod tests {
-    use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
     use antefix_attention::sparse::json;
     use antefix_conformance::tiny;
     use antefix_kernels::cpu::Cpu;
     use antefix_models::spec::Arch;
-    use antefix_papers::ALL;
 
     use super::*;
     use crate::plans::{live_plans, plans};
-
-    fn program(model: &Model, text: &str) -> Program {
-        let mut raw = RawMethods::default();
-        raw.add(ALL, text).expect("well written");
-        let chosen = raw.resolve(ALL, Trust::Local).expect("in range");
-        Rig::assemble(&model.facts(), &Profiles::default(), &chosen).expect("it goes")
-    }
+    use crate::testing::program;
 
     fn tokens() -> Vec<u32> {
         (0..900).map(|i| i * 7 % 200).collect()

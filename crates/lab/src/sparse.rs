@@ -129,17 +129,8 @@ pub(crate) fn computed(
 
 #[cfg(test)]
 mod tests {
-    use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
-    use antefix_papers::ALL;
-
     use super::*;
-
-    fn program(model: &Model, text: &str) -> Arc<Program> {
-        let mut raw = RawMethods::default();
-        raw.add(ALL, text).expect("well written");
-        let chosen = raw.resolve(ALL, Trust::Local).expect("in range");
-        Arc::new(Rig::assemble(&model.facts(), &Profiles::default(), &chosen).expect("it goes"))
-    }
+    use crate::testing::program;
 
     #[test]
     fn equal_predictions_have_no_distance_and_others_that_of_the_formula() {

@@ -7,8 +7,8 @@ use antefix_attention::sparse::Planning;
 use antefix_engine::EngineError;
 use antefix_kv::{KvError, SeqKv};
 use antefix_models::decoder::Model;
+use antefix_papers::repro::Drawn;
 use antefix_state::PAGE_ROWS;
-use serde::Serialize;
 
 use crate::crowd::Crowd;
 use crate::median;
@@ -17,29 +17,6 @@ use crate::reuse::distance;
 
 /// Steps before anything is timed. In the first a planner may sum up the keys of the prompt.
 const WARM: usize = 2;
-
-/// A line of `antefix bench --sparse --json` for a method that plans drawn tokens.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct DecodeRow {
-    /// The method with its settings, or `dense`.
-    pub method: String,
-    /// Tokens of the prompt, in whole pages.
-    pub length: usize,
-    /// Sequences that draw together, each with its own copy of the prompt's keys.
-    pub batch: usize,
-    /// Tokens a second of all of them, by the median step.
-    pub tok_s: f64,
-    /// Seconds of attention a step, planning included.
-    pub attn_s: f64,
-    /// Seconds of planning a step.
-    pub plan_s: f64,
-    /// Kept pairs of query and key over all, in all layers that could be planned.
-    pub density: f64,
-    /// Mean divergence of the predictions from those of dense attention, nats.
-    pub kl: f64,
-    /// Share of steps with the same most likely token.
-    pub top1: f64,
-}
 
 /// What a run of steps came to.
 struct Steps {
@@ -52,7 +29,7 @@ struct Steps {
 }
 
 /// Decodes the last `steps` of `tokens` behind the others, densely and under each of `methods`, for every number of sequences in `batches`.
-/// The prompt is attended densely, and its end that fills no page is left out; tokens are given, so that all methods see the same. Rows as
+/// Every sequence has its own copy of the prompt's keys; times are of the median step, and means of all. The prompt is attended densely, and its end that fills no page is left out; tokens are given, so that all methods see the same. Rows as
 /// they come, through `row`.
 ///
 /// # Errors
@@ -63,7 +40,7 @@ pub fn decode(
     steps: usize,
     batches: &[usize],
     methods: &[Arc<Program>],
-    mut row: impl FnMut(DecodeRow),
+    mut row: impl FnMut(Drawn),
 ) -> Result<(), PlansError> {
     let drawn = WARM + steps;
     let length = tokens.len().saturating_sub(drawn) / PAGE_ROWS * PAGE_ROWS;
@@ -85,7 +62,7 @@ pub fn decode(
         let dense = run(&mut crowd, &mut seqs, forced, None)?;
         let figures = |method: String, run: &Steps| {
             let (kl, top1) = distance(&dense.logits, &run.logits, model.spec().vocab);
-            DecodeRow {
+            Drawn {
                 method,
                 length,
                 batch,
@@ -146,20 +123,12 @@ fn run(
 
 #[cfg(test)]
 mod tests {
-    use antefix_attention::method::{Profiles, RawMethods, Rig, Trust};
     use antefix_conformance::tiny;
     use antefix_kernels::cpu::Cpu;
     use antefix_models::spec::Arch;
-    use antefix_papers::ALL;
 
     use super::*;
-
-    fn program(model: &Model, text: &str) -> Arc<Program> {
-        let mut raw = RawMethods::default();
-        raw.add(ALL, text).expect("well written");
-        let chosen = raw.resolve(ALL, Trust::Local).expect("in range");
-        Arc::new(Rig::assemble(&model.facts(), &Profiles::default(), &chosen).expect("it goes"))
-    }
+    use crate::testing::program;
 
     #[test]
     fn a_batch_reads_and_predicts_what_one_does() {

@@ -9,12 +9,13 @@ use antefix_lab::likelihood::passage;
 use antefix_lab::plans::PlansError;
 use antefix_lab::plot::{Curve, curves};
 use antefix_lab::sparse::{SparseRow, compare};
-use antefix_lab::sparse_decode::{DecodeRow, decode};
+use antefix_lab::sparse_decode::decode;
 use antefix_lab::tasks::Prose;
 use antefix_lab::{bench_method, host::EngineHost};
 use antefix_models::decoder::Model;
 use antefix_models::tokenizer::Tokenizer;
 use antefix_papers::ALL;
+use antefix_papers::repro::Drawn;
 use anyhow::anyhow;
 
 use super::load::{self, LoadArgs};
@@ -184,7 +185,7 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
         PlansError::Engine(_) => Failure::other(e),
         _ => Failure::input(e),
     };
-    let (mut points, mut printed) = (Vec::new(), Ok(()));
+    let mut points = Vec::new();
     for &length in &args.lengths {
         let context = model.spec().context;
         if length < 2 || length > context {
@@ -199,6 +200,7 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
                 tokens.len()
             )));
         }
+        let mut printed = Ok(());
         if !given.is_empty() {
             let row = |row: SparseRow| {
                 let print = print_prefill(&row, args.json);
@@ -208,18 +210,22 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
                     row.attn_s,
                     row.recall.map_or(row.kl, |recall| 1.0 - recall),
                 ));
-                printed = std::mem::replace(&mut printed, Ok(())).and(print);
+                if printed.is_ok() {
+                    printed = print;
+                }
             };
             compare(model, &tokens, &given, args.recall_rows, row).map_err(failure)?;
         }
         if !drawn.is_empty() {
-            let row = |row: DecodeRow| {
+            let row = |row: Drawn| {
                 let print = print_drawn(&row, args.json);
-                printed = std::mem::replace(&mut printed, Ok(())).and(print);
+                if printed.is_ok() {
+                    printed = print;
+                }
             };
             decode(model, &tokens, steps, batches(args, &[1]), &drawn, row).map_err(failure)?;
         }
-        std::mem::replace(&mut printed, Ok(()))?;
+        printed?;
     }
     match &args.plot {
         Some(file) => plot(file, points, args.recall_rows > 0),
@@ -238,7 +244,7 @@ fn print_prefill(row: &SparseRow, json: bool) -> Result<(), Failure> {
     ))
 }
 
-fn print_drawn(row: &DecodeRow, json: bool) -> Result<(), Failure> {
+fn print_drawn(row: &Drawn, json: bool) -> Result<(), Failure> {
     if json {
         return json_line(row);
     }

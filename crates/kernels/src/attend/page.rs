@@ -102,6 +102,92 @@ pub enum PageMut<'a> {
     },
 }
 
+/// Keys one behind the other in pages of their own, for scores alone: there are no values. A last page that is not full ends with zeros.
+#[derive(Debug)]
+pub struct KeyPages {
+    dim: usize,
+    len: usize,
+    keys: Keys,
+}
+
+#[derive(Debug)]
+enum Keys {
+    Bf16(Vec<u16>),
+    F32(Vec<f32>),
+}
+
+impl KeyPages {
+    /// No keys yet, of `dim` values each.
+    pub fn new(dim: usize, dtype: KvDtype) -> Self {
+        let keys = match dtype {
+            KvDtype::Bf16 => Keys::Bf16(Vec::new()),
+            KvDtype::F32 => Keys::F32(Vec::new()),
+        };
+        Self { dim, len: 0, keys }
+    }
+
+    /// Appends `key`, `[D]`, rounded to the type of the pages.
+    ///
+    /// # Panics
+    /// When its length is another.
+    pub fn push(&mut self, key: &[f32]) {
+        assert_eq!(key.len(), self.dim, "keys of one dimension");
+        let row = self.len % PAGE_ROWS;
+        self.next().write_key(row, key);
+        self.len += 1;
+    }
+
+    /// Appends a copy of the key in `row` of a page of the same layout.
+    ///
+    /// # Panics
+    /// When the layouts differ.
+    pub fn copy(&mut self, from: &Page<'_>, row: usize) {
+        let to = self.len % PAGE_ROWS;
+        self.next().copy_key(to, from, row);
+        self.len += 1;
+    }
+
+    /// The page that the next key goes to.
+    fn next(&mut self) -> PageMut<'_> {
+        let size = PAGE_ROWS * self.dim;
+        let page = self.len / PAGE_ROWS * size;
+        match &mut self.keys {
+            Keys::Bf16(k) => {
+                k.resize(page + size, 0);
+                PageMut::Bf16 {
+                    k: &mut k[page..],
+                    v: &mut [],
+                }
+            }
+            Keys::F32(k) => {
+                k.resize(page + size, 0.0);
+                PageMut::F32 {
+                    k: &mut k[page..],
+                    v: &mut [],
+                }
+            }
+        }
+    }
+
+    /// The pages. Scores never look at values: the keys stand in for them.
+    pub fn pages(&self) -> impl Iterator<Item = Page<'_>> {
+        let size = PAGE_ROWS * self.dim;
+        (0..self.len.div_ceil(PAGE_ROWS)).map(move |page| {
+            let page = page * size..(page + 1) * size;
+            match &self.keys {
+                Keys::Bf16(k) => Page::Bf16 {
+                    k: &k[page.clone()],
+                    v: &k[page],
+                },
+                Keys::F32(k) => Page::F32 {
+                    k: &k[page.clone()],
+                    v: &k[page],
+                },
+            }
+        })
+    }
+}
+
 /// The nearest bf16, ties to even; NaN stays NaN.
 pub fn f32_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();

@@ -377,9 +377,6 @@ impl Lab for Bench {
             found.push(row)
         })
         .map_err(failed)?;
-        let names = [DENSE.to_string()]
-            .into_iter()
-            .chain(ways.iter().map(|way| way.concat()));
         let of = |(method, r): (String, sparse::SparseRow)| Prefill {
             method,
             length: r.length,
@@ -391,7 +388,7 @@ impl Lab for Bench {
             kl: r.kl,
             top1: r.top1,
         };
-        Ok(names.zip(found).map(of).collect())
+        Ok(names(ways).zip(found).map(of).collect())
     }
 
     fn drawn(
@@ -407,22 +404,17 @@ impl Lab for Bench {
         let model = &self.subject.model;
         sparse_decode::decode(model, &tokens, steps, batches, &programs, |row| found.push(row))
             .map_err(failed)?;
-        let names = || {
-            [DENSE.to_string()]
-                .into_iter()
-                .chain(ways.iter().map(|way| way.concat()))
-        };
-        let of = |(method, r): (String, sparse_decode::DecodeRow)| Drawn {
-            method,
-            length: r.length,
-            batch: r.batch,
-            tok_s: r.tok_s,
-            attn_s: r.attn_s,
-            plan_s: r.plan_s,
-            density: r.density,
-            kl: r.kl,
-            top1: r.top1,
-        };
-        Ok(batches.iter().flat_map(|_| names()).zip(found).map(of).collect())
+        let names = batches.iter().flat_map(|_| names(ways));
+        Ok(names
+            .zip(found)
+            .map(|(method, row)| Drawn { method, ..row })
+            .collect())
     }
+}
+
+/// What the rows of dense attention and of `ways` are called.
+fn names<'a>(ways: &'a [Way<'_>]) -> impl Iterator<Item = String> + 'a {
+    [DENSE.to_string()]
+        .into_iter()
+        .chain(ways.iter().map(|way| way.concat()))
 }

@@ -39,7 +39,7 @@ use antefix_attention::method::{
     Axis, Builder, Card, Cover, Dial, Kind, Knob, Knobs, Method, Paper, Plan, PlanView, Planner, Preset, Rig,
     RigError, Unit,
 };
-use antefix_kernels::attend::{KvDtype, Page, PageMut, normalise, scores_each};
+use antefix_kernels::attend::{KeyPages, normalise, scores_each};
 use antefix_state::PAGE_ROWS;
 
 use super::knobs::{block, block_rows, chunk, unit, unit_of};
@@ -136,9 +136,7 @@ impl Planner for Antidiagonals {
         if self.tau >= 1.0 || view.queries().end as usize <= 2 * self.block {
             return view.dense();
         }
-        let keys = view.each(view.units(Unit::KvGroup), |head| {
-            Groups::of(view, head, self.stride)
-        });
+        let keys = view.each(view.units(Unit::KvGroup), |head| groups(view, head, self.stride));
         view.plan(self.unit, |unit| {
             let heads = view.heads(self.unit, unit);
             let keys = &keys[heads.start / view.group()];
@@ -148,7 +146,7 @@ impl Planner for Antidiagonals {
 }
 
 impl Antidiagonals {
-    fn cover(&self, view: &PlanView<'_>, heads: Range<usize>, keys: &Groups) -> Cover {
+    fn cover(&self, view: &PlanView<'_>, heads: Range<usize>, keys: &KeyPages) -> Cover {
         let first = view.queries().start as usize / self.block;
         let blocks = (view.queries().end as usize).div_ceil(self.block);
         let mut sums = vec![vec![0.0; blocks]; blocks - first];
@@ -163,7 +161,7 @@ impl Antidiagonals {
     }
 
     /// Steps 1 to 3: adds the estimates of one head to the sums of each block of queries.
-    fn add(&self, view: &PlanView<'_>, head: usize, keys: &Groups, sums: &mut [Vec<f64>]) {
+    fn add(&self, view: &PlanView<'_>, head: usize, keys: &KeyPages, sums: &mut [Vec<f64>]) {
         let (queries, stride) = (view.queries(), self.stride);
         let (start, end) = (queries.start as usize, queries.end as usize);
         let groups = start / stride..end.div_ceil(stride);
@@ -177,7 +175,7 @@ impl Antidiagonals {
                 .for_each(|(to, q)| *to = q / stride as f32);
         }
         let mut weights = vec![0.0; groups.len() * groups.end];
-        keys.scores(view, &q, &mut weights);
+        scores(view, (&q, stride * dim), keys, &mut weights);
         let (first, per_block) = (start / self.block, self.block / stride);
         for (group, weights) in groups.clone().zip(weights.chunks_exact_mut(groups.end)) {
             let seen = &mut weights[..=group];
@@ -209,77 +207,29 @@ impl Antidiagonals {
     }
 }
 
-/// Keys of a head up to the last row, `stride` of them as one vector of `stride * D` values, in pages of 32 vectors of the cache's type. What is
-/// missing of the last ones is 0.
-struct Groups {
-    width: usize,
-    keys: Vectors,
-}
-
-enum Vectors {
-    Bf16(Vec<u16>),
-    F32(Vec<f32>),
-}
-
-impl Groups {
-    fn of(view: &PlanView<'_>, kv_head: usize, stride: usize) -> Self {
-        let (n, dim) = (view.queries().end as usize, view.rows.geometry.dim);
-        let width = stride * dim;
-        let values = n.div_ceil(stride * PAGE_ROWS) * PAGE_ROWS * width;
-        let mut keys = match view.rows.pool.shape().dtype {
-            KvDtype::Bf16 => Vectors::Bf16(vec![0; values]),
-            KvDtype::F32 => Vectors::F32(vec![0.0; values]),
-        };
-        let mut key = vec![0.0; width];
-        for group in 0..n.div_ceil(stride) {
-            key.fill(0.0);
-            for (pos, key) in (group * stride..n).zip(key.chunks_exact_mut(dim)) {
-                view.key(view.rows.layer, kv_head, pos, key);
-            }
-            let page = group / PAGE_ROWS * PAGE_ROWS * width;
-            let page = page..page + PAGE_ROWS * width;
-            let mut to = match &mut keys {
-                Vectors::Bf16(k) => PageMut::Bf16 {
-                    k: &mut k[page],
-                    v: &mut [],
-                },
-                Vectors::F32(k) => PageMut::F32 {
-                    k: &mut k[page],
-                    v: &mut [],
-                },
-            };
-            to.write_key(group % PAGE_ROWS, &key);
+/// Keys of a head up to the last row, `stride` of them as one vector of `stride * D` values. What is missing of the last one is 0.
+fn groups(view: &PlanView<'_>, kv_head: usize, stride: usize) -> KeyPages {
+    let (n, dim) = (view.queries().end as usize, view.rows.geometry.dim);
+    let mut groups = KeyPages::new(stride * dim, view.rows.pool.shape().dtype);
+    let mut group = vec![0.0; stride * dim];
+    for first in (0..n).step_by(stride) {
+        group.fill(0.0);
+        for (pos, key) in (first..n).zip(group.chunks_exact_mut(dim)) {
+            view.key(view.rows.layer, kv_head, pos, key);
         }
-        Self { width, keys }
+        groups.push(&group);
     }
+    groups
+}
 
-    /// The pages of the first `count` vectors. Scores read no values.
-    fn pages(&self, count: usize) -> impl Iterator<Item = Page<'_>> {
-        let size = PAGE_ROWS * self.width;
-        (0..count.div_ceil(PAGE_ROWS)).map(move |page| {
-            let page = page * size..(page + 1) * size;
-            match &self.keys {
-                Vectors::Bf16(k) => Page::Bf16 {
-                    k: &k[page.clone()],
-                    v: &k[page],
-                },
-                Vectors::F32(k) => Page::F32 {
-                    k: &k[page.clone()],
-                    v: &k[page],
-                },
-            }
-        })
-    }
-
-    /// Products of the vectors `q: [R, width]` with the first vectors here: `out: [R, count]`.
-    fn scores(&self, view: &PlanView<'_>, q: &[f32], out: &mut [f32]) {
-        let count = out.len() * self.width / q.len();
-        scores_each(view.rows.run.0, self.width, q, self.pages(count), |page, some| {
-            let at = page * PAGE_ROWS;
-            let end = (at + PAGE_ROWS).min(count);
-            for (to, from) in out.chunks_exact_mut(count).zip(some) {
-                to[at..end].copy_from_slice(&from[..end - at]);
-            }
-        });
-    }
+/// Products of the vectors `q: [R, width]` with all of `keys`: `out: [R, keys]`.
+fn scores(view: &PlanView<'_>, (q, width): (&[f32], usize), keys: &KeyPages, out: &mut [f32]) {
+    let count = out.len() * width / q.len();
+    scores_each(view.rows.run.0, width, q, keys.pages(), |page, some| {
+        let at = page * PAGE_ROWS;
+        let end = (at + PAGE_ROWS).min(count);
+        for (to, from) in out.chunks_exact_mut(count).zip(some) {
+            to[at..end].copy_from_slice(&from[..end - at]);
+        }
+    });
 }
