@@ -6,6 +6,7 @@
 mod amx;
 pub mod attend;
 pub mod cpu;
+pub mod dense;
 pub mod matmul;
 pub mod memory;
 pub mod ops;

@@ -1,0 +1,1 @@
+//! Training: operators with handwritten gradients, models, optimisers, checkpoints, recipes, and the papers that are trained.
