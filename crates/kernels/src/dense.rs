@@ -4,22 +4,52 @@
 //! for these sizes; this file only checks that views stay within their slices. A sum over the inner dimension is taken in an order that
 //! depends on the sizes and the processor, not on the number of threads (tested).
 
-/// Element types of dense products.
-pub trait Real: Copy + Send + Sync + 'static + PartialEq + std::fmt::Debug {
-    /// 0
-    const ZERO: Self;
-    /// 1
-    const ONE: Self;
+/// Element types of training: f32 in earnest, f64 where a gradient is checked against finite differences.
+pub trait Real:
+    num_traits::Float + num_traits::NumAssign + Default + Send + Sync + std::iter::Sum + std::fmt::Debug + 'static
+{
+    /// `e^self`: [`crate::ops::exp`] in f32.
+    fn exponential(self) -> Self;
+
+    /// The nearest value of this type.
+    fn of(x: f64) -> Self;
+
+    /// The same value.
+    fn f64(self) -> f64;
 }
 
 impl Real for f32 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
+    #[inline(always)]
+    fn exponential(self) -> Self {
+        crate::ops::exp(self)
+    }
+
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x as Self
+    }
+
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        f64::from(self)
+    }
 }
 
 impl Real for f64 {
-    const ZERO: Self = 0.0;
-    const ONE: Self = 1.0;
+    #[inline(always)]
+    fn exponential(self) -> Self {
+        self.exp()
+    }
+
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x
+    }
+
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        self
+    }
 }
 
 /// A view of a matrix `[rows, cols]`. Having one proves that every element lies in the slice.
@@ -179,7 +209,7 @@ pub fn product<T: Real>(
             b.data.as_ptr(),
             b.col_stride as isize,
             b.row_stride as isize,
-            T::ONE,
+            T::one(),
             scale,
             false,
             false,

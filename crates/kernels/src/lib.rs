@@ -7,6 +7,7 @@ mod amx;
 pub mod attend;
 pub mod cpu;
 pub mod dense;
+pub mod grad;
 pub mod matmul;
 pub mod memory;
 pub mod ops;

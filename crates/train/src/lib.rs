@@ -1,1 +1,3 @@
 //! Training: operators with handwritten gradients, models, optimisers, checkpoints, recipes, and the papers that are trained.
+
+pub mod ops;
