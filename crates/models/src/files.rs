@@ -5,6 +5,7 @@
 
 use std::{
     borrow::Cow,
+    collections::HashMap,
     path::{Path, PathBuf},
 };
 
@@ -45,7 +46,12 @@ enum Source {
     Gguf(Gguf),
     /// The prefix is what names of the language model's tensors start with.
     Folder(Folder, &'static str),
+    /// Values in f32, little-endian.
+    Memory(HashMap<Role, Vec<u8>>),
 }
+
+/// Number of f32 among ggml's types.
+const GGML_F32: u32 = 0;
 
 /// Formats the kernels read, for error messages.
 const FORMATS: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K";
@@ -105,6 +111,21 @@ impl ModelFiles {
         Ok(files)
     }
 
+    /// A model whose weights are in memory: what a trainer hands over. It has no tokenizer and no path.
+    ///
+    /// # Errors
+    /// [`LoadError`] when a tensor that the description asks for is missing or of another size.
+    pub fn in_memory(spec: ModelSpec, tensors: Vec<(Role, Vec<f32>)>) -> Result<Self, LoadError> {
+        let bytes = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect();
+        let files = Self {
+            path: PathBuf::from("(in memory)"),
+            spec,
+            source: Source::Memory(tensors.into_iter().map(|(role, v)| (role, bytes(v))).collect()),
+        };
+        files.check()?;
+        Ok(files)
+    }
+
     /// The error for a tensor that the model cannot do without.
     pub(crate) fn missing(&self, role: Role) -> LoadError {
         LoadError::Missing {
@@ -136,7 +157,7 @@ impl ModelFiles {
     pub fn dir(&self) -> &Path {
         match self.source {
             Source::Gguf(_) => self.path.parent().unwrap_or(Path::new("")),
-            Source::Folder(..) => &self.path,
+            Source::Folder(..) | Source::Memory(_) => &self.path,
         }
     }
 
@@ -144,7 +165,7 @@ impl ModelFiles {
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.source {
             Source::Gguf(gguf) => Some(gguf),
-            Source::Folder(..) => None,
+            Source::Folder(..) | Source::Memory(_) => None,
         }
     }
 
@@ -181,6 +202,14 @@ impl ModelFiles {
                     format!("{:?}", info.dtype),
                 )
             }
+            Source::Memory(tensors) => {
+                let bytes = tensors.get(&role).ok_or_else(missing)?;
+                let shape = match bytes.len() == 4 * rows * cols {
+                    true => vec![rows, cols],
+                    false => vec![bytes.len() / 4],
+                };
+                (Some(GGML_F32), shape, bytes.as_slice(), "F32".to_string())
+            }
         };
         let fits = match *shape {
             [c] => rows == 1 && c == cols,
@@ -216,7 +245,7 @@ impl ModelFiles {
 
     fn name(&self, role: Role) -> String {
         match &self.source {
-            Source::Gguf(_) => role.gguf_name(),
+            Source::Gguf(_) | Source::Memory(_) => role.gguf_name(),
             Source::Folder(_, prefix) => role.folder_name(self.spec.arch, prefix),
         }
     }
@@ -247,6 +276,7 @@ impl ModelFiles {
                 })
                 .filter(|name| !name.contains("rotary_emb.inv_freq"))
                 .find(is_unknown),
+            Source::Memory(_) => None,
         };
         match unknown {
             None => Ok(()),
@@ -276,7 +306,7 @@ impl ModelFiles {
                 hash.bytes(gguf.header());
             }
             // Names are fixed by the specification, types and sizes follow with the samples.
-            Source::Folder(..) => {}
+            Source::Folder(..) | Source::Memory(_) => {}
         }
         for tensor in Role::all(self.spec.layers).filter_map(|role| self.tensor(role).ok().flatten()) {
             let bytes = &*tensor.bytes;
@@ -316,6 +346,7 @@ impl ModelFiles {
         match &self.source {
             Source::Gguf(gguf) => gguf.drop_pages(),
             Source::Folder(folder, _) => folder.drop_pages(),
+            Source::Memory(_) => {}
         }
     }
 }

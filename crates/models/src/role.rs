@@ -120,7 +120,7 @@ impl Role {
     }
 
     /// The tensor's name in safetensors folders. `prefix` ends in `model.` in one way or another.
-    pub(crate) fn folder_name(self, arch: Arch, prefix: &str) -> String {
+    pub fn folder_name(self, arch: Arch, prefix: &str) -> String {
         // Llama's norm "after attention" is the one before the feed-forward part; Gemma has both and names them apart.
         let ffn_norm = if arch == Arch::Gemma3 {
             "pre_feedforward_layernorm"
@@ -154,7 +154,16 @@ impl Role {
         format!("{prefix}layers.{layer}.{name}.{kind}")
     }
 
-    pub(crate) fn is_norm(self) -> bool {
+    /// The layer of a tensor whose rows a rotation turns: q, k and their biases.
+    pub fn turned_layer(self) -> Option<usize> {
+        match self {
+            Self::AttnQ(l) | Self::AttnK(l) | Self::AttnQBias(l) | Self::AttnKBias(l) => Some(l),
+            _ => None,
+        }
+    }
+
+    /// Is it the weight of a norm?
+    pub fn is_norm(self) -> bool {
         use Role::{AttnKNorm, AttnNorm, AttnPostNorm, AttnQNorm, FfnNorm, FfnPostNorm, OutputNorm};
         matches!(
             self,

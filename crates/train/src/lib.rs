@@ -1,3 +1,9 @@
 //! Training: operators with handwritten gradients, models, optimisers, checkpoints, recipes, and the papers that are trained.
 
+pub mod error;
+pub mod model;
 pub mod ops;
+pub mod optim;
+pub mod random;
+
+pub use self::error::TrainError;

@@ -257,11 +257,6 @@ pub(crate) fn apply<O: Op>(op: O, args: &[&Tensor]) -> Result<Tensor> {
     }
 }
 
-/// The elements of a tensor of any layout, as `T`.
-pub(crate) fn values<T: Scalar>(t: &Tensor) -> Result<Vec<T>> {
-    t.flatten_all()?.to_dtype(T::DTYPE)?.to_vec1::<T>()
-}
-
 /// A frozen matrix in both element types an operator may be asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Frozen(Tensor);

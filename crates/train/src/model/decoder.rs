@@ -1,0 +1,388 @@
+//! The decoder families of `antefix-models` as trainable models, out of the same description.
+//!
+//! Parameters bear Hugging Face's names and layout: rows of q and k that GGUF files of Llama models interleave are put back at loading, so that
+//! pairs of a rotation are always `(i, i + n)`.
+
+use std::sync::Arc;
+
+use antefix_kernels::grad::Act;
+use antefix_kernels::quant;
+use antefix_models::files::{ModelFiles, Role};
+use antefix_models::spec::{Act as SpecAct, ModelSpec, RopeStyle};
+use candle_core::{Device, Tensor};
+
+use super::lora::{Lora, LoraSpec};
+use super::params::{Init, Params};
+use crate::error::TrainError;
+use crate::ops::{self, Angles, Attention, Packing};
+
+/// What of a model is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Train {
+    /// Every parameter.
+    All,
+    /// Nothing: for log-probabilities of a reference.
+    Nothing,
+    /// Low-rank parts beside frozen weights.
+    Lora(LoraSpec),
+}
+
+/// Tokens of a packed batch, one a row.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// `[R]`
+    pub tokens: Arc<Vec<u32>>,
+    /// Who attends whom, `R` rows.
+    pub packing: Arc<Packing>,
+}
+
+/// A weight matrix, with its bias and its low-rank part if it has them.
+#[derive(Debug)]
+struct Projection {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    lora: Option<Lora>,
+}
+
+impl Projection {
+    fn apply(&self, x: &Tensor) -> Result<Tensor, TrainError> {
+        Ok(match &self.lora {
+            Some(Lora { a, b, scale }) => ops::lora(x, &self.weight, self.bias.as_ref(), a, b, *scale)?,
+            None => ops::linear(x, &self.weight, self.bias.as_ref())?,
+        })
+    }
+
+    fn plain(&self) -> bool {
+        self.lora.is_none() && self.bias.is_none() && self.weight.track_op()
+    }
+}
+
+#[derive(Debug)]
+struct Layer {
+    attn_norm: Tensor,
+    qkv: [Projection; 3],
+    qk_norm: Option<[Tensor; 2]>,
+    out: Projection,
+    attn_post_norm: Option<Tensor>,
+    ffn_norm: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    ffn_post_norm: Option<Tensor>,
+}
+
+/// A decoder-only transformer that can be trained.
+#[derive(Debug)]
+pub struct Decoder {
+    spec: ModelSpec,
+    params: Params,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    output: Tensor,
+}
+
+/// Where parameters come from.
+enum Source<'a> {
+    Files(&'a ModelFiles),
+    Seed(u64),
+}
+
+struct Builder<'a> {
+    spec: &'a ModelSpec,
+    source: Source<'a>,
+    train: &'a Train,
+    seed: u64,
+    params: Params,
+}
+
+/// Undoes the row order of interleaved pairs: row `2 i + j` of a head becomes row `j n + i`, for the `2 n` rows that are turned.
+fn halves(values: &mut [f32], head_dim: usize, dims: usize, cols: usize) {
+    let n = dims / 2;
+    let mut turned = vec![0.0; dims * cols];
+    for head in values.chunks_exact_mut(head_dim * cols) {
+        for i in 0..n {
+            for j in 0..2 {
+                turned[(j * n + i) * cols..][..cols].copy_from_slice(&head[(2 * i + j) * cols..][..cols]);
+            }
+        }
+        head[..dims * cols].copy_from_slice(&turned);
+    }
+}
+
+impl Builder<'_> {
+    fn name(&self, role: Role) -> String {
+        role.folder_name(self.spec.arch, "model.")
+    }
+
+    /// Reads a parameter, or makes it; `None` if this model has none of the role.
+    fn optional(&mut self, role: Role) -> Result<Option<Tensor>, TrainError> {
+        let Some([rows, cols]) = role.shape(self.spec) else {
+            return Ok(None);
+        };
+        let dims: &[usize] = if rows == 1 { &[cols] } else { &[rows, cols] };
+        let name = self.name(role);
+        let value = match self.source {
+            Source::Seed(seed) => {
+                let init = match role {
+                    _ if role.is_norm() => Init::Constant(1.0),
+                    Role::AttnQBias(_) | Role::AttnKBias(_) | Role::AttnVBias(_) => Init::Constant(0.0),
+                    // Residual branches start smaller, by the number of them (GPT-2).
+                    Role::AttnOut(_) | Role::FfnDown(_) => {
+                        Init::Normal(0.02 / (2.0 * self.spec.layers as f64).sqrt())
+                    }
+                    _ => Init::Normal(0.02),
+                };
+                return self.params.fresh(&name, dims, init, seed).map(Some);
+            }
+            Source::Files(files) => {
+                let Some(tensor) = files.tensor(role)? else {
+                    return Ok(None);
+                };
+                let mut values = vec![0.0f32; rows * cols];
+                quant::dequantise(tensor.format, &tensor.bytes, &mut values)
+                    .map_err(|e| TrainError::Unsupported(format!("tensor `{name}`: {e}")))?;
+                if let Some(layer) = role.turned_layer() {
+                    let rope = &self.spec.ropes[self.spec.layer_kinds[layer].rope];
+                    if rope.style == RopeStyle::Interleaved {
+                        halves(
+                            &mut values,
+                            self.spec.head_dim,
+                            rope.dims,
+                            cols * rows / self.turned_rows(role),
+                        );
+                    }
+                }
+                Tensor::from_vec(values, dims, &Device::Cpu)?
+            }
+        };
+        let made = match self.train {
+            Train::All => self.params.trained(&name, value)?,
+            Train::Nothing | Train::Lora(_) => self.params.frozen(&name, &value)?,
+        };
+        Ok(Some(made))
+    }
+
+    /// Rows of q or k that a rotation turns: a bias has one element for each.
+    fn turned_rows(&self, role: Role) -> usize {
+        match role {
+            Role::AttnQ(_) | Role::AttnQBias(_) => self.spec.q_dim(),
+            _ => self.spec.kv_dim(),
+        }
+    }
+
+    fn need(&mut self, role: Role) -> Result<Tensor, TrainError> {
+        let name = self.name(role);
+        self.optional(role)?
+            .ok_or_else(|| TrainError::Unsupported(format!("tensor `{name}` is missing")))
+    }
+
+    fn projection(&mut self, role: Role, bias: Option<Role>) -> Result<Projection, TrainError> {
+        let weight = self.need(role)?;
+        let lora = match self.train {
+            Train::Lora(spec) => {
+                let name = self.name(role);
+                spec.beside(&name, &weight, &mut self.params, self.seed)?
+            }
+            Train::All | Train::Nothing => None,
+        };
+        Ok(Projection {
+            weight,
+            bias: bias.map(|b| self.optional(b)).transpose()?.flatten(),
+            lora,
+        })
+    }
+
+    fn layer(&mut self, l: usize) -> Result<Layer, TrainError> {
+        let qk_norm = match (
+            self.optional(Role::AttnQNorm(l))?,
+            self.optional(Role::AttnKNorm(l))?,
+        ) {
+            (Some(q), Some(k)) => Some([q, k]),
+            _ => None,
+        };
+        Ok(Layer {
+            attn_norm: self.need(Role::AttnNorm(l))?,
+            qkv: [
+                self.projection(Role::AttnQ(l), Some(Role::AttnQBias(l)))?,
+                self.projection(Role::AttnK(l), Some(Role::AttnKBias(l)))?,
+                self.projection(Role::AttnV(l), Some(Role::AttnVBias(l)))?,
+            ],
+            qk_norm,
+            out: self.projection(Role::AttnOut(l), None)?,
+            attn_post_norm: self.optional(Role::AttnPostNorm(l))?,
+            ffn_norm: self.need(Role::FfnNorm(l))?,
+            gate: self.projection(Role::FfnGate(l), None)?,
+            up: self.projection(Role::FfnUp(l), None)?,
+            down: self.projection(Role::FfnDown(l), None)?,
+            ffn_post_norm: self.optional(Role::FfnPostNorm(l))?,
+        })
+    }
+
+    fn build(mut self) -> Result<Decoder, TrainError> {
+        if self.spec.attn_softcap.is_some() || self.spec.final_softcap.is_some() {
+            return Err(TrainError::Unsupported("its scores or logits are capped".into()));
+        }
+        let embedding = self.need(Role::TokenEmbd)?;
+        let layers = (0..self.spec.layers)
+            .map(|l| self.layer(l))
+            .collect::<Result<Vec<_>, _>>()?;
+        let norm = self.need(Role::OutputNorm)?;
+        let output = match self.spec.tied {
+            true => embedding.clone(),
+            false => self.need(Role::Output)?,
+        };
+        if let Train::Lora(spec) = self.train {
+            spec.check(&self.params)?;
+        }
+        let mut spec = self.spec.clone();
+        for rope in &mut spec.ropes {
+            rope.style = RopeStyle::Neox;
+        }
+        Ok(Decoder {
+            spec,
+            params: self.params,
+            embedding,
+            layers,
+            norm,
+            output,
+        })
+    }
+}
+
+impl Decoder {
+    /// A model out of a file, dequantised to f32. `seed` is for fresh low-rank parts.
+    ///
+    /// # Errors
+    /// [`TrainError`] when a tensor is missing or the model has a part that cannot be trained.
+    pub fn load(files: &ModelFiles, train: &Train, seed: u64) -> Result<Self, TrainError> {
+        Builder {
+            spec: files.spec(),
+            source: Source::Files(files),
+            train,
+            seed,
+            params: Params::default(),
+        }
+        .build()
+    }
+
+    /// A model from nothing, all of it trained.
+    ///
+    /// # Errors
+    /// [`TrainError`] when the description has a part that cannot be trained.
+    pub fn fresh(spec: &ModelSpec, seed: u64) -> Result<Self, TrainError> {
+        Builder {
+            spec,
+            source: Source::Seed(seed),
+            train: &Train::All,
+            seed,
+            params: Params::default(),
+        }
+        .build()
+    }
+
+    /// What the model is; rotations are of halves.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Its parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The output matrix, `[V, d]`.
+    pub fn output(&self) -> &Tensor {
+        &self.output
+    }
+
+    /// Rows behind the last norm, `[R, d]`: what the output matrix reads.
+    ///
+    /// # Errors
+    /// A token that the model does not know, or as many tokens as the packing has rows.
+    pub fn hidden(&self, batch: &Batch) -> Result<Tensor, TrainError> {
+        let angles: Vec<Arc<Angles>> = self
+            .spec
+            .ropes
+            .iter()
+            .map(|rope| Arc::new(Angles::new(&rope.frequencies(), batch.packing.positions())))
+            .collect();
+        let mut x = ops::embed(&self.embedding, &batch.tokens, f64::from(self.spec.embed_scale))?;
+        for (layer, kind) in self.layers.iter().zip(&self.spec.layer_kinds) {
+            let attention = Attention {
+                heads: self.spec.heads,
+                kv_heads: self.spec.kv_heads,
+                scale: f64::from(self.spec.attn_scale),
+                window: kind.window,
+                angles: Some(angles[kind.rope].clone()),
+                packing: batch.packing.clone(),
+            };
+            x = (&x + self.attend(layer, attention, &x)?)?;
+            x = (&x + self.feed_forward(layer, &x)?)?;
+        }
+        self.rms(&x, &self.norm)
+    }
+
+    fn rms(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TrainError> {
+        Ok(ops::rms_norm(x, weight, f64::from(self.spec.norm_eps))?)
+    }
+
+    /// Norms of the heads of `x: [R, H D]`.
+    fn head_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TrainError> {
+        let shape = x.shape().clone();
+        let heads = self.rms(&x.reshape(((), self.spec.head_dim))?, weight)?;
+        Ok(heads.reshape(shape)?)
+    }
+
+    fn attend(&self, layer: &Layer, attention: Attention, x: &Tensor) -> Result<Tensor, TrainError> {
+        let h = self.rms(x, &layer.attn_norm)?;
+        let [mut q, mut k] = [layer.qkv[0].apply(&h)?, layer.qkv[1].apply(&h)?];
+        let v = layer.qkv[2].apply(&h)?;
+        if let Some([q_norm, k_norm]) = &layer.qk_norm {
+            q = self.head_norm(&q, q_norm)?;
+            k = self.head_norm(&k, k_norm)?;
+        }
+        let o = layer.out.apply(&ops::attend(attention, &q, &k, &v)?)?;
+        match &layer.attn_post_norm {
+            Some(norm) => self.rms(&o, norm),
+            None => Ok(o),
+        }
+    }
+
+    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, TrainError> {
+        let act = match self.spec.act {
+            SpecAct::Silu => Act::Silu,
+            SpecAct::GeluTanh => Act::GeluTanh,
+        };
+        let h = self.rms(x, &layer.ffn_norm)?;
+        let middle = match layer.gate.plain() && layer.up.plain() {
+            true => ops::glu(act, &h, &layer.gate.weight, &layer.up.weight)?,
+            false => ops::gated_act(act, &layer.gate.apply(&h)?, &layer.up.apply(&h)?)?,
+        };
+        let y = layer.down.apply(&middle)?;
+        match &layer.ffn_post_norm {
+            Some(norm) => self.rms(&y, norm),
+            None => Ok(y),
+        }
+    }
+
+    /// Every tensor by role, as the engine reads it: low-rank parts added to their weights, rotations of halves.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn tensors(&self) -> Result<Vec<(Role, Vec<f32>)>, TrainError> {
+        let mut out = Vec::new();
+        for role in Role::all(self.spec.layers) {
+            let name = role.folder_name(self.spec.arch, "model.");
+            let Some(value) = self.params.get(&name) else {
+                continue;
+            };
+            let mut values = value.flatten_all()?.to_vec1::<f32>()?;
+            if let Some(lora) = Lora::of(&name, &self.params) {
+                lora.add_to(&mut values)?;
+            }
+            out.push((role, values));
+        }
+        Ok(out)
+    }
+}
