@@ -116,3 +116,16 @@ impl<T> Shared<T> {
         self.0
     }
 }
+
+/// Asks the allocator to keep big blocks instead of giving them back to the system: a trainer asks for the same sizes at every step, and fresh
+/// pages cost more than the arithmetic on them. Does nothing where the C library has no such setting.
+pub fn keep_big_blocks() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        // SAFETY: sets two numbers of the allocator; any thread may do so at any time.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_MAX, 0);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        }
+    }
+}

@@ -4,6 +4,7 @@ pub mod error;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod prefix_grouper;
 pub mod random;
 
 pub use self::error::TrainError;

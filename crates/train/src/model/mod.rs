@@ -1,6 +1,7 @@
 //! Models that can be trained.
 
 mod decoder;
+mod gpt;
 mod lora;
 mod params;
 
@@ -8,5 +9,6 @@ mod params;
 mod tests;
 
 pub use self::decoder::{Batch, Decoder, Train};
+pub use self::gpt::{Gpt, MakeMixer, Mixer, RawGpt, SelfAttention};
 pub use self::lora::LoraSpec;
 pub use self::params::{Init, Params};

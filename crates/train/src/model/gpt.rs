@@ -1,0 +1,258 @@
+//! Small models from nothing: GPT-like blocks with any way of mixing a sequence.
+
+use std::sync::Arc;
+
+use antefix_kernels::grad::Act;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::decoder::Batch;
+use super::params::{Init, Params};
+use crate::error::TrainError;
+use crate::ops::{self, Attention};
+
+/// What a recipe says of a small model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawGpt {
+    /// Blocks.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub d: usize,
+    /// `Hq`; the head dimension is `d / heads`.
+    pub heads: usize,
+    /// `Hk`
+    pub kv_heads: usize,
+    /// Width of the feed-forward part.
+    pub ffn: usize,
+    /// Tokens.
+    pub vocab: usize,
+    /// Longest sequence: positions are learned.
+    pub context: usize,
+}
+
+impl Default for RawGpt {
+    fn default() -> Self {
+        Self {
+            layers: 4,
+            d: 128,
+            heads: 4,
+            kv_heads: 4,
+            ffn: 512,
+            vocab: 256,
+            context: 512,
+        }
+    }
+}
+
+impl RawGpt {
+    fn check(&self) -> Result<(), TrainError> {
+        let sizes = [
+            ("layers", self.layers),
+            ("d", self.d),
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads),
+            ("ffn", self.ffn),
+            ("vocab", self.vocab),
+            ("context", self.context),
+        ];
+        for (name, size) in sizes {
+            if !(1..=1 << 20).contains(&size) {
+                return Err(TrainError::Recipe(format!(
+                    "`model.{name}` is {size}; it is from 1 to {}",
+                    1 << 20
+                )));
+            }
+        }
+        if self.d % self.heads != 0 || self.heads % self.kv_heads != 0 {
+            return Err(TrainError::Recipe(format!(
+                "`model.heads` is {}: it divides `d` ({}) and is a multiple of `kv_heads` ({})",
+                self.heads, self.d, self.kv_heads
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A way for the rows of a sequence to read each other.
+pub trait Mixer: Send + Sync {
+    /// `[R, d]` out of normed rows `x: [R, d]`.
+    ///
+    /// # Errors
+    /// Sizes that do not fit together.
+    fn mix(&self, x: &Tensor, batch: &Batch) -> Result<Tensor, TrainError>;
+}
+
+/// Makes the mixer of a layer; parameters go under the given prefix.
+pub type MakeMixer<'a> = dyn FnMut(usize, &str, &mut Params) -> Result<Box<dyn Mixer>, TrainError> + 'a;
+
+/// Causal softmax attention with grouped heads.
+pub struct SelfAttention {
+    heads: usize,
+    kv_heads: usize,
+    qkv: [Tensor; 3],
+    out: Tensor,
+}
+
+impl SelfAttention {
+    /// # Errors
+    /// When a name is taken.
+    pub fn fresh(raw: &RawGpt, prefix: &str, params: &mut Params, seed: u64) -> Result<Self, TrainError> {
+        let dim = raw.d / raw.heads;
+        let mut make = |name: &str, rows: usize, cols: usize, deviation: f64| {
+            params.fresh(
+                &format!("{prefix}.{name}.weight"),
+                &[rows, cols],
+                Init::Normal(deviation),
+                seed,
+            )
+        };
+        let residual = 0.02 / (2.0 * raw.layers as f64).sqrt();
+        Ok(Self {
+            heads: raw.heads,
+            kv_heads: raw.kv_heads,
+            qkv: [
+                make("q_proj", raw.d, raw.d, 0.02)?,
+                make("k_proj", raw.kv_heads * dim, raw.d, 0.02)?,
+                make("v_proj", raw.kv_heads * dim, raw.d, 0.02)?,
+            ],
+            out: make("o_proj", raw.d, raw.d, residual)?,
+        })
+    }
+}
+
+impl Mixer for SelfAttention {
+    fn mix(&self, x: &Tensor, batch: &Batch) -> Result<Tensor, TrainError> {
+        let [q, k, v] = [0, 1, 2].map(|i| ops::linear(x, &self.qkv[i], None));
+        let q = q?;
+        let dim = q.dim(1)? / self.heads;
+        let attention = Attention {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            scale: 1.0 / (dim as f64).sqrt(),
+            window: None,
+            angles: None,
+            packing: batch.packing.clone(),
+        };
+        Ok(ops::linear(
+            &ops::attend(attention, &q, &k?, &v?)?,
+            &self.out,
+            None,
+        )?)
+    }
+}
+
+struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Norm {
+    fn fresh(name: &str, d: usize, params: &mut Params) -> Result<Self, TrainError> {
+        Ok(Self {
+            weight: params.fresh(&format!("{name}.weight"), &[d], Init::Constant(1.0), 0)?,
+            bias: params.fresh(&format!("{name}.bias"), &[d], Init::Constant(0.0), 0)?,
+        })
+    }
+
+    fn apply(&self, x: &Tensor) -> Result<Tensor, TrainError> {
+        Ok(ops::layer_norm(x, &self.weight, &self.bias, 1e-5)?)
+    }
+}
+
+struct Block {
+    mixer_norm: Norm,
+    mixer: Box<dyn Mixer>,
+    ffn_norm: Norm,
+    up: Tensor,
+    down: Tensor,
+}
+
+/// A GPT-like model: learned positions, layer norms before each part, GELU, tied output.
+pub struct Gpt {
+    params: Params,
+    tokens: Tensor,
+    positions: Tensor,
+    blocks: Vec<Block>,
+    norm: Norm,
+}
+
+impl Gpt {
+    /// With causal softmax attention in every layer.
+    ///
+    /// # Errors
+    /// [`TrainError::Recipe`] for sizes that do not go together.
+    pub fn fresh(raw: &RawGpt, seed: u64) -> Result<Self, TrainError> {
+        let mixer_of = raw.clone();
+        Self::with_mixers(raw, seed, &mut |_, prefix, params| {
+            Ok(Box::new(SelfAttention::fresh(&mixer_of, prefix, params, seed)?))
+        })
+    }
+
+    /// With mixers of one's own.
+    ///
+    /// # Errors
+    /// [`TrainError::Recipe`] for sizes that do not go together, and what `mixer` says.
+    pub fn with_mixers(raw: &RawGpt, seed: u64, mixer: &mut MakeMixer<'_>) -> Result<Self, TrainError> {
+        raw.check()?;
+        let mut params = Params::default();
+        let residual = 0.02 / (2.0 * raw.layers as f64).sqrt();
+        let tokens = params.fresh("wte.weight", &[raw.vocab, raw.d], Init::Normal(0.02), seed)?;
+        let positions = params.fresh("wpe.weight", &[raw.context, raw.d], Init::Normal(0.02), seed)?;
+        let mut blocks = Vec::new();
+        for layer in 0..raw.layers {
+            let name = |part: &str| format!("h.{layer}.{part}");
+            blocks.push(Block {
+                mixer_norm: Norm::fresh(&name("ln_1"), raw.d, &mut params)?,
+                mixer: mixer(layer, &name("attn"), &mut params)?,
+                ffn_norm: Norm::fresh(&name("ln_2"), raw.d, &mut params)?,
+                up: params.fresh(
+                    &name("mlp.c_fc.weight"),
+                    &[raw.ffn, raw.d],
+                    Init::Normal(0.02),
+                    seed,
+                )?,
+                down: params.fresh(
+                    &name("mlp.c_proj.weight"),
+                    &[raw.d, raw.ffn],
+                    Init::Normal(residual),
+                    seed,
+                )?,
+            });
+        }
+        let norm = Norm::fresh("ln_f", raw.d, &mut params)?;
+        Ok(Self {
+            params,
+            tokens,
+            positions,
+            blocks,
+            norm,
+        })
+    }
+
+    /// Its parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The output matrix, `[V, d]`.
+    pub fn output(&self) -> &Tensor {
+        &self.tokens
+    }
+
+    /// Rows behind the last norm, `[R, d]`.
+    ///
+    /// # Errors
+    /// A token or a position that the model does not have.
+    pub fn hidden(&self, batch: &Batch) -> Result<Tensor, TrainError> {
+        let places = Arc::new(batch.packing.positions().to_vec());
+        let mut x =
+            (ops::embed(&self.tokens, &batch.tokens, 1.0)? + ops::embed(&self.positions, &places, 1.0)?)?;
+        for block in &self.blocks {
+            x = (&x + block.mixer.mix(&block.mixer_norm.apply(&x)?, batch)?)?;
+            let h = block.ffn_norm.apply(&x)?;
+            x = (&x + ops::mlp(Act::GeluTanh, &h, &block.up, &block.down)?)?;
+        }
+        self.norm.apply(&x)
+    }
+}
