@@ -41,6 +41,8 @@ enum Command {
     Analyse(commands::analyse::Args),
     /// Settings of a sparse method that meet a target on your own prompts, as a profile
     Tune(commands::tune::Args),
+    /// Train what a recipe says: small models, adapters, policies
+    Train(commands::train::Args),
     /// Raw logits of a prompt
     Logits(commands::logits::Args),
     /// Token ids of a text file
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
         Command::Repro(args) => commands::repro::run(&args),
         Command::Analyse(args) => commands::analyse::run(&args),
         Command::Tune(args) => commands::tune::run(&args),
+        Command::Train(args) => commands::train::run(args),
         Command::Logits(args) => commands::logits::run(&args),
         Command::Tokenize(args) => commands::tokenize::run(&args),
         Command::Detokenize(args) => commands::tokenize::detokenize(&args),

@@ -6,5 +6,6 @@ pub mod ops;
 pub mod optim;
 pub mod prefix_grouper;
 pub mod random;
+pub mod run;
 
 pub use self::error::TrainError;

@@ -18,6 +18,7 @@ pub(crate) mod repro;
 pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod tokenize;
+pub(crate) mod train;
 pub(crate) mod tune;
 
 use std::io::Write;

@@ -57,12 +57,12 @@ impl Schedule {
         };
         if warmup > steps {
             return Err(TrainError::Recipe(format!(
-                "`optim.schedule.warmup` is {warmup}, of {steps} steps in all"
+                "`schedule.warmup` is {warmup}, of {steps} steps in all"
             )));
         }
         if !(0.0..=1.0).contains(&floor) {
             return Err(TrainError::Recipe(format!(
-                "`optim.schedule.floor` is {floor}; it is a factor from 0 to 1"
+                "`schedule.floor` is {floor}; it is a factor from 0 to 1"
             )));
         }
         Ok(Self { raw, steps })

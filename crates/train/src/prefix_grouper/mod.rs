@@ -22,4 +22,4 @@ pub use self::layout::{Form, Prompted, Scored, pack, pack_sequences};
 pub use self::objective::{Aggregate, PolicyLoss, RatioLevel, TokenStats, Variant};
 pub use self::rollout::{Response, RolloutError, Sampling, rollout};
 pub use self::step::{GroupOutcome, LanguageModel, StepReport, policy_step};
-pub use self::task::{Task, TaskError, Verifiable};
+pub use self::task::{Problem, Task, TaskError, Verifiable};

@@ -1,0 +1,343 @@
+//! What a recipe trains, its tokens, and what it is exported as.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use antefix_models::files::ModelFiles;
+use antefix_models::spec::{Act, Arch, LayerKind, ModelSpec, RopeScaling, RopeSpec, RopeStyle};
+use antefix_models::tokenizer::{Specials, Tokenizer};
+use candle_core::{Device, Tensor};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use super::recipe::{RawLlama, RawModel, Recipe};
+use crate::error::TrainError;
+use crate::model::{Batch, Decoder, Gpt, LoraSpec, Params, Train};
+use crate::prefix_grouper::LanguageModel;
+
+/// Text to tokens and back.
+#[derive(Clone)]
+pub enum Tokens {
+    /// A byte is a token; byte 0 is the end.
+    Bytes,
+    /// A model's own.
+    Model(Arc<Tokenizer>),
+}
+
+impl Tokens {
+    /// Token ids.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        match self {
+            Self::Bytes => text.bytes().map(u32::from).collect(),
+            Self::Model(tokenizer) => tokenizer.encode(text, Specials::Plain),
+        }
+    }
+
+    /// Text.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        match self {
+            Self::Bytes => {
+                String::from_utf8_lossy(&ids.iter().map(|&t| t as u8).collect::<Vec<_>>()).into_owned()
+            }
+            Self::Model(tokenizer) => tokenizer.decode(ids),
+        }
+    }
+
+    /// Ends a text.
+    pub fn end(&self) -> u32 {
+        match self {
+            Self::Bytes => 0,
+            Self::Model(tokenizer) => tokenizer.eos().unwrap_or(0),
+        }
+    }
+
+    /// Begins a prompt, if the model wants one.
+    pub fn begin(&self) -> Option<u32> {
+        match self {
+            Self::Bytes => None,
+            Self::Model(tokenizer) => tokenizer.bos().filter(|_| tokenizer.add_bos()),
+        }
+    }
+}
+
+/// A model in training.
+pub(super) enum Trained {
+    Decoder(Decoder),
+    Gpt(Gpt),
+}
+
+impl LanguageModel for Trained {
+    fn params(&self) -> &Params {
+        match self {
+            Self::Decoder(m) => m.params(),
+            Self::Gpt(m) => m.params(),
+        }
+    }
+
+    fn hidden(&self, batch: &Batch) -> Result<Tensor, TrainError> {
+        match self {
+            Self::Decoder(m) => m.hidden(batch),
+            Self::Gpt(m) => m.hidden(batch),
+        }
+    }
+
+    fn output(&self) -> &Tensor {
+        match self {
+            Self::Decoder(m) => m.output(),
+            Self::Gpt(m) => m.output(),
+        }
+    }
+}
+
+fn llama(raw: &RawLlama, name: &str) -> ModelSpec {
+    let head_dim = raw.d / raw.heads;
+    ModelSpec {
+        arch: Arch::Llama,
+        name: name.to_string(),
+        layers: raw.layers,
+        d_model: raw.d,
+        d_ff: raw.ffn,
+        heads: raw.heads,
+        kv_heads: raw.kv_heads,
+        head_dim,
+        vocab: 256,
+        context: raw.context,
+        norm_eps: 1e-5,
+        embed_scale: 1.0,
+        attn_scale: (head_dim as f32).sqrt().recip(),
+        attn_softcap: None,
+        final_softcap: None,
+        act: Act::Silu,
+        qkv_bias: false,
+        qk_norm: false,
+        post_norms: false,
+        tied: true,
+        layer_kinds: vec![
+            LayerKind {
+                rope: 0,
+                window: None
+            };
+            raw.layers
+        ],
+        ropes: vec![RopeSpec {
+            base: raw.rope_base as f32,
+            dims: head_dim,
+            style: RopeStyle::Neox,
+            scaling: RopeScaling::None,
+        }],
+    }
+}
+
+/// Makes or loads what the recipe trains.
+pub(super) fn build(recipe: &Recipe) -> Result<(Trained, Tokens), TrainError> {
+    let (model, tokens, init) = match &recipe.model {
+        RawModel::Llama(raw) => (
+            Trained::Decoder(Decoder::fresh(&llama(raw, &recipe.recipe), recipe.seed)?),
+            Tokens::Bytes,
+            raw.init.as_ref(),
+        ),
+        RawModel::Gpt(raw) => (Trained::Gpt(Gpt::fresh(raw, recipe.seed)?), Tokens::Bytes, None),
+        RawModel::Base { path, lora, init } => {
+            let files = ModelFiles::open(path)?;
+            let tokenizer = Tokenizer::open(&files).map_err(|e| TrainError::file(path, e.to_string()))?;
+            let train = lora.as_ref().map_or(Train::All, |raw| {
+                Train::Lora(LoraSpec {
+                    modules: raw.modules.clone(),
+                    rank: raw.rank,
+                    alpha: raw.alpha.unwrap_or(2.0 * raw.rank as f64),
+                })
+            });
+            let model = Decoder::load(&files, &train, recipe.seed)?;
+            (
+                Trained::Decoder(model),
+                Tokens::Model(Arc::new(tokenizer)),
+                init.as_ref(),
+            )
+        }
+    };
+    if let Some(init) = init {
+        read_params(&init.join("model.safetensors"), model.params())?;
+    }
+    Ok((model, tokens))
+}
+
+/// Bytes of f32 values, little-endian.
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Writes named tensors.
+pub(super) fn write_tensors(
+    file: &Path,
+    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    metadata: &[(&str, String)],
+) -> Result<(), TrainError> {
+    let raw: Vec<_> = tensors
+        .into_iter()
+        .map(|(name, dims, values)| (name, dims, bytes(&values)))
+        .collect();
+    let views = raw
+        .iter()
+        .map(|(name, dims, bytes)| {
+            let view = TensorView::new(Dtype::F32, dims.clone(), bytes);
+            Ok((
+                name.as_str(),
+                view.map_err(|e| TrainError::file(file, e.to_string()))?,
+            ))
+        })
+        .collect::<Result<Vec<_>, TrainError>>()?;
+    let metadata = metadata
+        .iter()
+        .map(|(k, v)| ((*k).to_string(), v.clone()))
+        .collect();
+    let out =
+        safetensors::serialize(views, Some(metadata)).map_err(|e| TrainError::file(file, e.to_string()))?;
+    std::fs::write(file, out).map_err(TrainError::io(file))
+}
+
+/// Reads tensors of f32, in the order of their names.
+pub(super) fn read_tensors(file: &Path) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>, TrainError> {
+    let all = std::fs::read(file).map_err(TrainError::io(file))?;
+    let tensors = SafeTensors::deserialize(&all).map_err(|e| TrainError::file(file, e.to_string()))?;
+    let mut found = tensors
+        .iter()
+        .map(|(name, view)| {
+            if view.dtype() != Dtype::F32 {
+                return Err(TrainError::file(
+                    file,
+                    format!("tensor `{name}` is {:?}, not F32", view.dtype()),
+                ));
+            }
+            let (chunks, _) = view.data().as_chunks::<4>();
+            let values = chunks.iter().map(|c| f32::from_le_bytes(*c)).collect();
+            Ok((name.to_string(), view.shape().to_vec(), values))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+/// The trained parameters, with names and shapes.
+pub(super) fn params_of(params: &Params) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>, TrainError> {
+    params
+        .variables()
+        .map(|(name, var)| {
+            Ok((
+                name.to_string(),
+                var.dims().to_vec(),
+                var.flatten_all()?.to_vec1()?,
+            ))
+        })
+        .collect()
+}
+
+/// Sets the trained parameters to those of a file, which has all of them.
+pub(super) fn read_params(file: &Path, params: &Params) -> Result<(), TrainError> {
+    let found = read_tensors(file)?;
+    for (name, _) in params.variables() {
+        if !found.iter().any(|(n, ..)| n == name) {
+            return Err(TrainError::file(file, format!("parameter `{name}` is missing")));
+        }
+    }
+    for (name, dims, values) in found {
+        if params.variables().any(|(n, _)| n == name) {
+            params
+                .set(&name, &Tensor::from_vec(values, dims, &Device::Cpu)?)
+                .map_err(|e| TrainError::file(file, e.to_string()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A byte as byte-level tokenizers write it.
+fn byte_char(byte: u8) -> char {
+    let plain = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    if plain(byte) {
+        return char::from(byte);
+    }
+    let before = (0..byte).filter(|&b| !plain(b)).count() as u32;
+    char::from_u32(256 + before).unwrap_or('?')
+}
+
+fn byte_tokenizer() -> serde_json::Value {
+    let vocab: serde_json::Map<String, serde_json::Value> = (0..=255u8)
+        .map(|b| (byte_char(b).to_string(), json!(b)))
+        .collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
+    })
+}
+
+fn write_json(file: &Path, value: &serde_json::Value) -> Result<(), TrainError> {
+    std::fs::write(file, format!("{value:#}\n")).map_err(TrainError::io(file))
+}
+
+/// Writes what a run has trained so that others can load it: a safetensors folder for a small decoder, PEFT's adapter files for adapters, a
+/// safetensors folder of a base model that was trained whole. `checkpoint` is a checkpoint's folder.
+///
+/// # Errors
+/// When the recipe's model has no such form, or a file cannot be written.
+pub fn export(recipe: &Recipe, checkpoint: &Path, to: &Path) -> Result<(), TrainError> {
+    let (model, _) = build(recipe)?;
+    read_params(&checkpoint.join("model.safetensors"), model.params())?;
+    std::fs::create_dir_all(to).map_err(TrainError::io(to))?;
+    let Trained::Decoder(decoder) = &model else {
+        return Err(TrainError::Unsupported(
+            "the engine does not run GPT-like models; train `kind = \"llama\"`".into(),
+        ));
+    };
+    match &recipe.model {
+        RawModel::Base {
+            lora: Some(lora),
+            path,
+            ..
+        } => {
+            write_tensors(
+                &to.join("adapter_model.safetensors"),
+                params_of(decoder.params())?,
+                &[("format", "pt".into())],
+            )?;
+            let config = json!({
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank,
+                "lora_alpha": lora.alpha.unwrap_or(2.0 * lora.rank as f64), "lora_dropout": 0.0, "bias": "none",
+                "target_modules": lora.modules, "fan_in_fan_out": false, "inference_mode": true,
+                "base_model_name_or_path": path,
+            });
+            write_json(&to.join("adapter_config.json"), &config)
+        }
+        _ => {
+            let spec = decoder.spec();
+            if spec.arch != Arch::Llama {
+                return Err(TrainError::Unsupported(format!(
+                    "models of architecture `{}` are not exported whole; train adapters",
+                    spec.arch.name()
+                )));
+            }
+            write_tensors(
+                &to.join("model.safetensors"),
+                params_of(decoder.params())?,
+                &[("format", "pt".into())],
+            )?;
+            let rope = &spec.ropes[0];
+            let config = json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+                "hidden_size": spec.d_model, "intermediate_size": spec.d_ff, "num_hidden_layers": spec.layers,
+                "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
+                "vocab_size": spec.vocab, "max_position_embeddings": spec.context, "rms_norm_eps": spec.norm_eps,
+                "rope_theta": rope.base, "tie_word_embeddings": spec.tied, "hidden_act": "silu",
+                "eos_token_id": 0, "bos_token_id": null,
+            });
+            write_json(&to.join("config.json"), &config)?;
+            if matches!(recipe.model, RawModel::Llama(_)) {
+                write_json(&to.join("tokenizer.json"), &byte_tokenizer())?;
+            }
+            Ok(())
+        }
+    }
+}
