@@ -46,6 +46,17 @@ impl Default for RawGpt {
 }
 
 impl RawGpt {
+    /// How many numbers such a model has, at least; saturating.
+    pub fn parameters(&self) -> usize {
+        let block = self.d.saturating_mul(
+            self.d
+                .saturating_mul(4)
+                .saturating_add(self.ffn.saturating_mul(2)),
+        );
+        let tables = self.d.saturating_mul(self.vocab.saturating_add(self.context));
+        block.saturating_mul(self.layers).saturating_add(tables)
+    }
+
     fn check(&self) -> Result<(), TrainError> {
         let sizes = [
             ("layers", self.layers),

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use antefix_models::files::ModelFiles;
+use antefix_models::files::{ModelFiles, Role};
 use antefix_models::spec::{Act, Arch, LayerKind, ModelSpec, RopeScaling, RopeSpec, RopeStyle};
 use antefix_models::tokenizer::{Specials, Tokenizer};
 use candle_core::{Device, Tensor};
@@ -129,17 +129,50 @@ fn llama(raw: &RawLlama, name: &str) -> ModelSpec {
     }
 }
 
+/// Refuses a model whose values, gradients and moments would not fit into memory: `parameters` numbers, 16 bytes each.
+fn fits(parameters: usize) -> Result<(), TrainError> {
+    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else {
+        return Ok(());
+    };
+    let line = text.lines().find(|l| l.starts_with("MemAvailable:"));
+    let available = line.and_then(|l| l.split_whitespace().nth(1)?.parse::<f64>().ok());
+    let (need, gb) = (parameters as f64 * 16.0, 1e9);
+    match available {
+        Some(kb) if need > kb * 1024.0 => Err(TrainError::Recipe(format!(
+            "`model` has {parameters} parameters: with gradients and moments {:.1} GB, and {:.1} GB are free",
+            need / gb,
+            kb * 1024.0 / gb
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Parameters of a description, saturating.
+fn parameters(spec: &ModelSpec) -> usize {
+    let sizes = Role::all(spec.layers).filter_map(|role| role.shape(spec));
+    sizes.fold(0, |sum: usize, [rows, cols]| {
+        sum.saturating_add(rows.saturating_mul(cols))
+    })
+}
+
 /// Makes or loads what the recipe trains.
 pub(super) fn build(recipe: &Recipe) -> Result<(Trained, Tokens), TrainError> {
     let (model, tokens, init) = match &recipe.model {
-        RawModel::Llama(raw) => (
-            Trained::Decoder(Decoder::fresh(&llama(raw, &recipe.recipe), recipe.seed)?),
-            Tokens::Bytes,
-            raw.init.as_ref(),
-        ),
-        RawModel::Gpt(raw) => (Trained::Gpt(Gpt::fresh(raw, recipe.seed)?), Tokens::Bytes, None),
+        RawModel::Llama(raw) => {
+            let spec = llama(raw, &recipe.recipe);
+            fits(parameters(&spec))?;
+            let model = Trained::Decoder(Decoder::fresh(&spec, recipe.seed)?);
+            (model, Tokens::Bytes, raw.init.as_ref())
+        }
+        RawModel::Gpt(raw) => {
+            fits(raw.parameters())?;
+            (Trained::Gpt(Gpt::fresh(raw, recipe.seed)?), Tokens::Bytes, None)
+        }
         RawModel::Base { path, lora, init } => {
             let files = ModelFiles::open(path)?;
+            if lora.is_none() {
+                fits(parameters(files.spec()))?;
+            }
             let tokenizer = Tokenizer::open(&files).map_err(|e| TrainError::file(path, e.to_string()))?;
             let train = lora.as_ref().map_or(Train::All, |raw| {
                 Train::Lora(LoraSpec {

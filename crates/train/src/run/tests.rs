@@ -348,3 +348,33 @@ fn what_is_exported_runs_in_the_engine() {
     assert!(ids.iter().copied().eq(text.bytes().map(u32::from)), "{ids:?}");
     assert_eq!(tokenizer.decode(&ids), text);
 }
+
+/// What stands in `examples/train` is a recipe, with and without its profile.
+#[test]
+fn the_examples_are_recipes() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/train");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            let recipe = Recipe::read(&path, None, &[]).unwrap();
+            assert_eq!(path.file_stem().unwrap(), recipe.recipe.as_str());
+            names.push(recipe.recipe);
+        }
+    }
+    assert!(names.len() >= 2, "{names:?}");
+}
+
+#[test]
+fn a_model_beyond_the_memory_is_refused() {
+    let recipe = recipe(&[
+        "model.d=65536",
+        "model.heads=64",
+        "model.ffn=262144",
+        "model.layers=256",
+    ])
+    .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let error = run(&recipe, dir.path(), false, None).unwrap_err().to_string();
+    assert!(error.contains("GB"), "{error}");
+}
