@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use antefix_kernels::memory::keep_big_blocks;
+use antefix_kernels::quant::Format;
 use antefix_train::TrainError;
-use antefix_train::run::{Checkpoint, Progress, Recipe, Watch, export, train};
+use antefix_train::run::{Checkpoint, Progress, Recipe, Watch, export, export_gguf, train};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -38,12 +39,40 @@ pub(crate) struct Args {
     /// Write the newest checkpoint of the run as files that others load (safetensors folder, PEFT adapter), and train nothing
     #[arg(long, value_name = "DIR")]
     export: Option<PathBuf>,
+    /// Write the base model as GGUF with what was trained merged into it, and train nothing
+    #[arg(long, value_name = "FILE")]
+    export_gguf: Option<PathBuf>,
+    /// Format of the matrices that training changed, for --export-gguf
+    #[arg(long, value_enum, default_value_t = Quant::Q8_0)]
+    quant: Quant,
     /// Threads [default: one a core]
     #[arg(long)]
     threads: Option<usize>,
     /// One JSON object at the end
     #[arg(long)]
     json: bool,
+}
+
+/// Formats that are written.
+#[derive(Clone, Copy, clap::ValueEnum)]
+#[allow(non_camel_case_types, reason = "as GGUF files call them")]
+enum Quant {
+    #[value(name = "q8_0")]
+    Q8_0,
+    F16,
+    Bf16,
+    F32,
+}
+
+impl Quant {
+    fn format(self) -> Format {
+        match self {
+            Self::Q8_0 => Format::Q8_0,
+            Self::F16 => Format::F16,
+            Self::Bf16 => Format::BF16,
+            Self::F32 => Format::F32,
+        }
+    }
 }
 
 fn failure(error: TrainError) -> Failure {

@@ -6,10 +6,12 @@
 //! [`dequantise`] and the packing of [`crate::matmul::Matrix`] start from it.
 
 mod decode;
+mod encode;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use decode::{Decoded, bound, decode};
+pub use encode::quantise;
 
 /// Why bytes could not become a matrix.
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +132,13 @@ impl Format {
             30 => Format::BF16,
             _ => return None,
         })
+    }
+
+    /// The number of the format in a GGUF file.
+    pub fn ggml_type(self) -> u32 {
+        (0..=30)
+            .find(|&n| Self::from_ggml_type(n) == Some(self))
+            .unwrap_or(0)
     }
 
     /// Values in a block.

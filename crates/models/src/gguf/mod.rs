@@ -7,10 +7,12 @@
 mod ggml;
 mod read;
 mod value;
+mod write;
 
 use std::path::Path;
 
 pub use self::value::{Array, Kind, Value};
+pub use self::write::Replacement;
 use crate::{error::LoadError, map::Bytes};
 
 /// What is wrong with the bytes of a GGUF file.

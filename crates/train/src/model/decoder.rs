@@ -96,6 +96,20 @@ struct Builder<'a> {
     params: Params,
 }
 
+/// Rows of halves in the order of interleaved pairs: undoes [`halves`].
+fn interleaved(values: &mut [f32], head_dim: usize, dims: usize, cols: usize) {
+    let n = dims / 2;
+    let mut turned = vec![0.0; dims * cols];
+    for head in values.chunks_exact_mut(head_dim * cols) {
+        for i in 0..n {
+            for j in 0..2 {
+                turned[(2 * i + j) * cols..][..cols].copy_from_slice(&head[(j * n + i) * cols..][..cols]);
+            }
+        }
+        head[..dims * cols].copy_from_slice(&turned);
+    }
+}
+
 /// Undoes the row order of interleaved pairs: row `2 i + j` of a head becomes row `j n + i`, for the `2 n` rows that are turned.
 fn halves(values: &mut [f32], head_dim: usize, dims: usize, cols: usize) {
     let n = dims / 2;
@@ -364,6 +378,35 @@ impl Decoder {
             Some(norm) => self.rms(&y, norm),
             None => Ok(y),
         }
+    }
+
+    /// The tensors that training changes, in the layout of a model of description `base`: low-rank parts added, rows of q and k interleaved
+    /// where its files have them so.
+    ///
+    /// # Errors
+    /// A tensor operation that fails.
+    pub fn changed_for(&self, base: &ModelSpec) -> Result<Vec<(Role, Vec<f32>)>, TrainError> {
+        let changed = |role: &Role| {
+            let name = role.folder_name(self.spec.arch, "model.");
+            Lora::of(&name, &self.params).is_some() || self.params.variables().any(|(n, _)| n == name)
+        };
+        let mut out = self.tensors()?;
+        out.retain(|(role, _)| changed(role));
+        for (role, values) in &mut out {
+            let Some(layer) = role.turned_layer() else {
+                continue;
+            };
+            let rope = &base.ropes[base.layer_kinds[layer].rope];
+            if rope.style == RopeStyle::Interleaved {
+                let rows = match role {
+                    Role::AttnQ(_) | Role::AttnQBias(_) => base.q_dim(),
+                    _ => base.kv_dim(),
+                };
+                let cols = values.len() / rows;
+                interleaved(values, base.head_dim, rope.dims, cols);
+            }
+        }
+        Ok(out)
     }
 
     /// Every tensor by role, as the engine reads it: low-rank parts added to their weights, rotations of halves.

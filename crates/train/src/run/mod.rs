@@ -13,5 +13,5 @@ mod tests;
 
 pub use self::checkpoint::Checkpoint;
 pub use self::driver::{Finish, Progress, Watch, train};
-pub use self::model::{Tokens, export};
+pub use self::model::{Tokens, export, export_gguf};
 pub use self::recipe::{RawData, RawLora, RawModel, RawObjective, RawSteps, RawTokenizer, Recipe};

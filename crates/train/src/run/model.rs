@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use antefix_kernels::quant::{self, Format};
 use antefix_models::files::{ModelFiles, Role};
+use antefix_models::gguf::Replacement;
 use antefix_models::spec::{Act, Arch, LayerKind, ModelSpec, RopeScaling, RopeSpec, RopeStyle};
 use antefix_models::tokenizer::{Specials, Tokenizer};
 use candle_core::{Device, Tensor};
@@ -373,4 +375,53 @@ pub fn export(recipe: &Recipe, checkpoint: &Path, to: &Path) -> Result<(), Train
             Ok(())
         }
     }
+}
+
+/// Writes the base model of the recipe as GGUF again, with what was trained in it: adapters merged, changed matrices in `format` (or f32 where
+/// rows are not whole blocks), all else as it was.
+///
+/// # Errors
+/// When the recipe's base is no GGUF file, `format` cannot be written, or the disk is full; `to` is whole or not there.
+pub fn export_gguf(recipe: &Recipe, checkpoint: &Path, to: &Path, format: Format) -> Result<(), TrainError> {
+    let RawModel::Base { path, .. } = &recipe.model else {
+        return Err(TrainError::Unsupported(
+            "only a base model that is a GGUF file is written as GGUF".into(),
+        ));
+    };
+    let files = ModelFiles::open(path)?;
+    let gguf = files
+        .gguf()
+        .ok_or_else(|| TrainError::Unsupported(format!("{} is not a GGUF file", path.display())))?;
+    let (model, _) = build(recipe)?;
+    read_params(&checkpoint.join("model.safetensors"), model.params())?;
+    let Trained::Decoder(decoder) = &model else {
+        return Err(TrainError::Unsupported(
+            "a GPT-like model is not written as GGUF".into(),
+        ));
+    };
+    let mut changed = std::collections::HashMap::new();
+    for (role, values) in decoder.changed_for(files.spec())? {
+        let vector = role.shape(files.spec()).is_none_or(|[rows, _]| rows == 1);
+        let cols = role.shape(files.spec()).map_or(1, |[_, cols]| cols);
+        let whole = cols.is_multiple_of(format.block_len());
+        let used = if vector || !whole { Format::F32 } else { format };
+        let bytes = quant::quantise(used, &values)
+            .ok_or_else(|| TrainError::Unsupported(format!("{} is read here, not written", used.name())))?;
+        let replacement = Replacement {
+            ggml_type: used.ggml_type(),
+            bytes,
+        };
+        changed.insert(role.gguf_name(), replacement);
+    }
+    let new = to.with_extension("gguf.new");
+    let write = || -> std::io::Result<()> {
+        let mut out = std::io::BufWriter::new(std::fs::File::create(&new)?);
+        gguf.rewrite(&mut out, |t| changed.get(t.name).cloned())?;
+        out.into_inner()?.sync_all()?;
+        std::fs::rename(&new, to)
+    };
+    write().map_err(|e| {
+        let _ = std::fs::remove_file(&new);
+        TrainError::io(to)(e)
+    })
 }

@@ -378,3 +378,110 @@ fn a_model_beyond_the_memory_is_refused() {
     let error = run(&recipe, dir.path(), false, None).unwrap_err().to_string();
     assert!(error.contains("GB"), "{error}");
 }
+
+/// An adapter, merged and written as GGUF, is the model that was trained; what was not trained is the file's, byte for byte.
+#[test]
+fn a_merged_adapter_goes_to_gguf_and_back() {
+    use antefix_kernels::quant::Format;
+    use antefix_models::gguf::Gguf;
+    use antefix_models::spec::Arch;
+    use antefix_models::testing::tiny_gguf;
+    let dir = tempfile::tempdir().unwrap();
+    for arch in [Arch::Llama, Arch::Qwen2] {
+        let base = dir.path().join(format!("{}.gguf", arch.name()));
+        std::fs::write(&base, tiny_gguf(arch, 3)).unwrap();
+        let lora = "lora={rank=4, modules=['q_proj','k_proj','down_proj']}";
+        let model = format!("model={{kind='base', path='{}', {lora}}}", base.display());
+        let overrides = [
+            model.as_str(),
+            "data.tokenizer='model'",
+            "train.steps=8",
+            "optim.lr=2e-2",
+        ];
+        let recipe = recipe(&overrides).unwrap();
+        let finish = run(&recipe, &dir.path().join(arch.name()), false, None).unwrap();
+        let old = Gguf::open(&base).unwrap();
+        let tokens: Vec<u32> = (0..40).map(|i| (i * 29 + 3) % 200).collect();
+        let want = logits_of(&recipe, &finish, &tokens);
+        for (format, far) in [(Format::F32, 1e-3), (Format::Q8_0, 0.3)] {
+            let to = dir.path().join("merged.gguf");
+            export_gguf(&recipe, &finish.checkpoint.folder, &to, format).unwrap();
+            let new = Gguf::open(&to).unwrap();
+            let changed: Vec<&str> = old
+                .tensors()
+                .zip(new.tensors())
+                .filter(|(a, b)| (a.ggml_type, a.bytes) != (b.ggml_type, b.bytes))
+                .map(|(a, _)| a.name)
+                .collect();
+            let trained = ["attn_q.weight", "attn_k.weight", "ffn_down.weight"];
+            assert!(
+                changed.iter().all(|n| trained.iter().any(|t| n.ends_with(t))),
+                "{changed:?}"
+            );
+            assert!(changed.len() >= 3);
+            let got = engine_logits(&to, &tokens);
+            let worst = want
+                .iter()
+                .zip(&got)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            assert!(worst <= far, "{arch:?} {format:?}: {worst}");
+        }
+        let before = engine_logits(&base, &tokens);
+        let moved = want
+            .iter()
+            .zip(&before)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert!(moved > 0.02, "training changed the model: {moved}");
+        assert!(
+            export_gguf(
+                &recipe,
+                &finish.checkpoint.folder,
+                &dir.path().join("x.gguf"),
+                Format::Q4_K
+            )
+            .is_err()
+        );
+        export(&recipe, &finish.checkpoint.folder, &dir.path().join("peft")).unwrap();
+        assert!(dir.path().join("peft/adapter_config.json").exists());
+    }
+}
+
+fn engine_logits(path: &Path, tokens: &[u32]) -> Vec<f32> {
+    use antefix_kernels::cpu::Cpu;
+    use antefix_kernels::matmul::Precision;
+    use antefix_kernels::team::Team;
+    use antefix_models::decoder::Model;
+    use std::sync::Arc;
+    let files = antefix_models::files::ModelFiles::open(path).unwrap();
+    let model = Model::load(files, Cpu::best(), Arc::new(Team::new(2)), Precision::F32).unwrap();
+    let mut session = antefix_engine::Session::new(Arc::new(model), tokens.len(), 64);
+    let mut out = Vec::new();
+    session.feed(tokens, tokens.len(), &mut out).unwrap();
+    out
+}
+
+fn logits_of(recipe: &Recipe, finish: &Finish, tokens: &[u32]) -> Vec<f32> {
+    use crate::model::Batch;
+    use crate::ops::{Packing, linear};
+    use crate::prefix_grouper::LanguageModel;
+    use std::sync::Arc;
+    let (model, _) = super::model::build(recipe).unwrap();
+    super::model::read_params(
+        &finish.checkpoint.folder.join("model.safetensors"),
+        model.params(),
+    )
+    .unwrap();
+    let batch = Batch {
+        tokens: Arc::new(tokens.to_vec()),
+        packing: Arc::new(Packing::causal(&[tokens.len()]).unwrap()),
+    };
+    let hidden = model.hidden(&batch).unwrap();
+    linear(&hidden, model.output(), None)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap()
+}
