@@ -388,6 +388,12 @@ pub fn export_gguf(recipe: &Recipe, checkpoint: &Path, to: &Path, format: Format
             "only a base model that is a GGUF file is written as GGUF".into(),
         ));
     };
+    if quant::quantise(format, &[]).is_none() {
+        return Err(TrainError::Unsupported(format!(
+            "{} is read here, not written",
+            format.name()
+        )));
+    }
     let files = ModelFiles::open(path)?;
     let gguf = files
         .gguf()
@@ -406,7 +412,7 @@ pub fn export_gguf(recipe: &Recipe, checkpoint: &Path, to: &Path, format: Format
         let whole = cols.is_multiple_of(format.block_len());
         let used = if vector || !whole { Format::F32 } else { format };
         let bytes = quant::quantise(used, &values)
-            .ok_or_else(|| TrainError::Unsupported(format!("{} is read here, not written", used.name())))?;
+            .ok_or_else(|| TrainError::Unsupported(format!("`{}` has no whole blocks", role.gguf_name())))?;
         let replacement = Replacement {
             ggml_type: used.ggml_type(),
             bytes,
