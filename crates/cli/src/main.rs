@@ -55,6 +55,8 @@ enum Command {
     Ingest(commands::ingest::Args),
     /// What reusing documents gains and loses on a model: time to the first token, distance from full prefill
     BlendCheck(commands::blend_check::Args),
+    /// Follow a stream of events with a trained model, one JSON line in, one out, in constant memory
+    Stream(commands::stream::Args),
     /// List, pull, show and remove models
     Models(commands::models::Args),
     /// The methods that `--method` takes, with their knobs
@@ -91,6 +93,7 @@ fn main() -> ExitCode {
         Command::Cache(args) => commands::cache::run(&args),
         Command::Ingest(args) => commands::ingest::run(&args),
         Command::BlendCheck(args) => commands::blend_check::run(&args),
+        Command::Stream(args) => commands::stream::run(&args),
         Command::Models(args) => commands::models::run(args),
         Command::Methods(args) => commands::methods::run(&args),
         Command::Explain(args) => commands::explain::run(&args),

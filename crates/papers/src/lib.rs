@@ -16,6 +16,7 @@ mod plan_laws;
 pub mod repro;
 
 // papers: first
+pub mod aaren;
 pub mod act;
 pub mod anchor_attention;
 pub mod ape;

@@ -17,6 +17,7 @@ pub(crate) mod perplexity;
 pub(crate) mod repro;
 pub(crate) mod run;
 pub(crate) mod serve;
+pub(crate) mod stream;
 pub(crate) mod tokenize;
 pub(crate) mod train;
 pub(crate) mod tune;
