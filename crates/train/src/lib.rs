@@ -1,5 +1,6 @@
 //! Training: operators with handwritten gradients, models, optimisers, checkpoints, recipes, and the papers that are trained.
 
+pub mod aaren;
 pub mod error;
 pub mod model;
 pub mod ops;

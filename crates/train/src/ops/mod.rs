@@ -8,13 +8,13 @@ mod attend;
 mod embed;
 mod linear;
 mod mlp;
-mod node;
+pub(crate) mod node;
 mod norm;
 mod packing;
 mod token_loss;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use self::attend::{Attention, attend};
 pub use self::embed::embed;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use super::*;
 
 /// Numbers in [-1, 1) that depend on the seed alone.
-fn numbers(n: usize, seed: u64) -> Vec<f64> {
+pub(crate) fn numbers(n: usize, seed: u64) -> Vec<f64> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..n)
         .map(|_| {
@@ -20,19 +20,19 @@ fn numbers(n: usize, seed: u64) -> Vec<f64> {
         .collect()
 }
 
-fn var(dims: &[usize], seed: u64) -> Var {
+pub(crate) fn var(dims: &[usize], seed: u64) -> Var {
     let n = dims.iter().product();
     Var::from_tensor(&Tensor::from_vec(numbers(n, seed), dims, &Device::Cpu).unwrap()).unwrap()
 }
 
 /// A weighted sum, so that every element has a gradient of its own.
-fn weigh(y: &Tensor) -> Result<Tensor> {
+pub(crate) fn weigh(y: &Tensor) -> Result<Tensor> {
     let w = Tensor::from_vec(numbers(y.elem_count(), 99), y.shape(), &Device::Cpu)?.to_dtype(y.dtype())?;
     (y * w)?.sum_all()
 }
 
 /// Compares the gradient of each variable with central differences in f64, and the f32 gradient with the f64 one.
-fn check(vars: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+pub(crate) fn check(vars: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let tensors = |vars: &[Var]| vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>();
     let grads = f(&tensors(vars)).unwrap().backward().unwrap();
     let single: Vec<Var> = vars
