@@ -1,4 +1,5 @@
 //! `antefix stream`: answers line by line, goes on from a saved state, names broken lines.
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::io::Write;
 use std::path::Path;
@@ -54,9 +55,8 @@ fn stream(words: &[&str], input: &[u8]) -> Output {
 }
 
 fn events(from: usize, to: usize) -> String {
-    (from..to)
-        .map(|i| format!("{{\"x\": [{}]}}\n", (i as f64 * 0.7).sin()))
-        .collect()
+    let event = |i: usize| format!("{{\"x\": [{}]}}\n", (i as f64 * 0.7).sin());
+    (from..to).map(event).collect::<Vec<_>>().concat()
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //!
 //! Speed does not depend on the weights, so the networks are fresh. Both run on one thread; the twin reads f32 pages with the engine's
 //! attention kernel. `forward` is the layers alone, `feed` is everything from the JSON line to the prediction. One JSON object a line.
+#![allow(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::time::Instant;
 

@@ -4,6 +4,7 @@
 //!
 //! `DIR` holds `JapaneseVowels_TRAIN.ts` and `JapaneseVowels_TEST.ts` (docs/aaren.md says where from); without it the task is left out.
 //! Rows go to `OUT/aaren-tasks.jsonl`, trained models to `OUT/NAME-MIXER-SEED.safetensors`.
+#![allow(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

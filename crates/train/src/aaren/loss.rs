@@ -1,7 +1,7 @@
 //! Losses of the tasks (4.05), composed of candle's operators: they are small beside the layers.
 
 use antefix_papers::aaren::mixture::LOG_SIGMA;
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
 const HALF_LN_TAU: f64 = 0.918_938_533_204_672_7;
 
@@ -40,7 +40,7 @@ pub fn mixture_nll(head: &Tensor, z: &Tensor) -> Result<Tensor> {
     let logs = ((log_pi - (scaled.sqr()? * 0.5)?)? - log_sigma)?;
     let max = logs.max_keepdim(1)?.detach();
     let sum = logs.broadcast_sub(&max)?.exp()?.sum_keepdim(1)?.log()?;
-    ((sum + max)?.squeeze(1)?.neg()? + HALF_LN_TAU)?.to_dtype(head.dtype())
+    (sum + max)?.squeeze(1)?.neg()? + HALF_LN_TAU
 }
 
 /// The mean of `x: [R]` over the rows whose weight is not 0: `sum w x / sum w`.
@@ -72,7 +72,6 @@ pub fn masked_mean(x: &Tensor, lengths: &[usize]) -> Result<Tensor> {
 /// # Errors
 /// When the sizes differ.
 pub fn squared_error(x: &Tensor, target: &Tensor) -> Result<Tensor> {
-    let target = target.to_dtype(DType::F32)?.to_dtype(x.dtype())?;
     (x - target)?.sqr()?.mean(D::Minus1)
 }
 
