@@ -9,6 +9,7 @@ pub trait Real:
     num_traits::Float + num_traits::NumAssign + Default + Send + Sync + std::iter::Sum + std::fmt::Debug + 'static
 {
     /// `e^self`: [`crate::ops::exp`] in f32.
+    #[must_use]
     fn exponential(self) -> Self;
 
     /// The nearest value of this type.

@@ -3,6 +3,7 @@
 //!
 //! `plain` is one sequence of L + l tokens without any grouping: what G = 1 is compared with. One JSON object; run forms in turn
 //! (`bench/grouped.sh`).
+#![allow(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::path::Path;
 use std::time::Instant;

@@ -1,6 +1,7 @@
 //! Tokens per second of a full training step: `cargo run --release -p antefix-train --example step [gpt|lora MODEL.gguf] [STEPS]`.
 //!
 //! `bench/train_step.py` is the same in PyTorch; `bench/train_step.sh` runs them in turn.
+#![allow(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -99,6 +99,13 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         export(&recipe, &found.folder, &to).map_err(failure)?;
         return line(format_args!("step {} is in {}", found.step, to.display()));
     }
+    if let Some(to) = args.export_gguf {
+        let found = Checkpoint::latest(&out).map_err(failure)?;
+        let found =
+            found.ok_or_else(|| Failure::input(anyhow::anyhow!("{} has no checkpoint", out.display())))?;
+        export_gguf(&recipe, &found.folder, &to, args.quant.format()).map_err(failure)?;
+        return line(format_args!("step {} is in {}", found.step, to.display()));
+    }
     keep_big_blocks();
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads(args.threads)?)
@@ -147,7 +154,8 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             .profile
             .map(|p| format!(" --profile {p}"))
             .unwrap_or_default();
-        let set: String = args.overrides.iter().map(|o| format!(" --set '{o}'")).collect();
+        let set: Vec<String> = args.overrides.iter().map(|o| format!(" --set '{o}'")).collect();
+        let set = set.concat();
         line(format_args!(
             "stopped; go on with: antefix train {}{profile}{set} --out {} --resume",
             args.recipe.display(),

@@ -122,7 +122,7 @@ impl<T: Real> Prefix<T> {
             let sum = old + scores().map(|s| (s - m).exp()).sum::<f64>();
             let o = &mut self.o[h * dim..][..dim];
             let keep = T::of(old / sum);
-            o.iter_mut().for_each(|o| *o = *o * keep);
+            o.iter_mut().for_each(|o| *o *= keep);
             for (i, s) in scores().enumerate() {
                 let share = T::of((s - m).exp() / sum);
                 if share != T::default() {

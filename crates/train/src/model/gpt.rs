@@ -75,7 +75,7 @@ impl RawGpt {
                 )));
             }
         }
-        if self.d % self.heads != 0 || self.heads % self.kv_heads != 0 {
+        if !self.d.is_multiple_of(self.heads) || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(TrainError::Recipe(format!(
                 "`model.heads` is {}: it divides `d` ({}) and is a multiple of `kv_heads` ({})",
                 self.heads, self.d, self.kv_heads

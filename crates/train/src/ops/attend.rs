@@ -166,6 +166,7 @@ impl Attend {
             .map(|a| a.tables())
     }
 
+    #[expect(clippy::unused_self, reason = "a step of this operator")]
     fn turned<T: Scalar>(&self, args: &[Arg<'_, T>], size: Size, turn: Option<&[Vec<T>; 2]>) -> Turned<T> {
         Turned {
             q: head_major(args[0].data, size.rows, size.heads, size.dim, turn),
@@ -253,7 +254,6 @@ struct Back<'a, T> {
 }
 
 impl Attend {
-    #[expect(clippy::similar_names, reason = "dq, dk, dv are the field's own")]
     fn backward_task<T: Scalar>(&self, task: Back<'_, T>, [q, k, v, o, d]: [&[T]; 5], lse: &[T], dim: usize) {
         let Back { part, dq, dk, dv } = task;
         let start = part.rows.start;

@@ -203,6 +203,7 @@ struct Lora {
 }
 
 impl Lora {
+    #[expect(clippy::unused_self, reason = "a step of this operator")]
     fn rank<T>(&self, args: &[Arg<'_, T>], [_, k, n]: [usize; 3]) -> Result<usize> {
         let rank = args[1].dims.first().copied().unwrap_or(0);
         ensure(args[1].dims == [rank, k] && args[2].dims == [n, rank], || {

@@ -83,11 +83,10 @@ fn sizes<T>(args: &[Arg<'_, T>], targets: &[u32]) -> Result<[usize; 3]> {
             args[1].dims
         )
     })?;
-    match targets.iter().find(|&&t| t as usize >= vocab) {
-        Some(odd) => ensure(false, || {
+    if let Some(odd) = targets.iter().find(|&&t| t as usize >= vocab) {
+        ensure(false, || {
             format!("target {odd} is not one of the model's {vocab}")
-        })?,
-        None => {}
+        })?;
     }
     Ok([n, d, vocab])
 }

@@ -106,6 +106,7 @@ impl Verifiable for Task {
             Self::Copy { items } => {
                 let list: Vec<String> = (0..items).map(|_| word(stream, 2)).collect();
                 let k = stream.below(items);
+                #[expect(clippy::format_collect, reason = "a few short lines")]
                 let lines: String = list
                     .iter()
                     .enumerate()

@@ -1,4 +1,5 @@
 //! What section 6 of the paper's spec asks for.
+#![allow(clippy::manual_midpoint, reason = "means as the papers write them")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -248,6 +248,7 @@ impl Run<'_> {
         }
     }
 
+    #[expect(clippy::unused_self, reason = "beside the other steps of a run")]
     fn pack(&self, items: Items) -> Result<Scored, TrainError> {
         match items {
             Items::Sequences(sequences) => pack_sequences(&sequences),

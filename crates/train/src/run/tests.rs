@@ -277,7 +277,7 @@ fn recipes_with_one_broken_field_are_refused() {
         let broken = bad.iter().map(|b| format!("{path}={b}")).chain([
             format!("{path}.deeper=1"),
             format!("{path}x=1"),
-            format!("{path}"),
+            path.clone(),
         ]);
         for assignment in broken {
             cases += 1;

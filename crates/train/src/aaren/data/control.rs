@@ -91,10 +91,9 @@ impl Quality {
     /// How far the actor of episode `i` of `n` is from the expert: 0 is the expert, 1 is medium, above are worse, 3.3 is random.
     fn distance(self, i: usize, n: usize) -> f64 {
         match self {
-            Self::Medium => 1.0,
             Self::MediumReplay => 3.3 - 2.3 * i as f64 / n as f64,
             Self::MediumExpert if i.is_multiple_of(2) => 0.0,
-            Self::MediumExpert => 1.0,
+            Self::Medium | Self::MediumExpert => 1.0,
         }
     }
 
