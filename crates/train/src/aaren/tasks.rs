@@ -1,4 +1,4 @@
-//! The four kinds of task (4.05) as [`Problem`]s.
+//! The four kinds of task (4.05) as problems ([`super::Problem`]).
 
 mod classify;
 mod control;
