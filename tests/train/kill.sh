@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 train() {
-    "$antefix" train "$here/examples/train/copy-sft.toml" --set model.d=32 --set model.layers=2 --set model.ffn=64 --set model.heads=2 \
+    "$antefix" train "$here/examples/train/sum-sft.toml" --set model.d=32 --set model.layers=2 --set model.ffn=64 --set model.heads=2 \
         --set model.kv_heads=1 --set train.batch=8 --set train.steps=$steps --set train.save_every=10 --set train.eval_every=0 "$@"
 }
 steps=100
