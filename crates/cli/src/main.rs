@@ -39,6 +39,8 @@ enum Command {
     Repro(commands::repro::Args),
     /// Look inside: what heads read, which of them retrieve
     Analyse(commands::analyse::Args),
+    /// Dictionaries of attention outputs: gather activations, train, measure, look at, attribute
+    Sae(commands::sae::Args),
     /// Settings of a sparse method that meet a target on your own prompts, as a profile
     Tune(commands::tune::Args),
     /// Train what a recipe says: small models, adapters, policies
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&args),
         Command::Repro(args) => commands::repro::run(&args),
         Command::Analyse(args) => commands::analyse::run(&args),
+        Command::Sae(args) => commands::sae::run(&args),
         Command::Tune(args) => commands::tune::run(&args),
         Command::Train(args) => commands::train::run(args),
         Command::Logits(args) => commands::logits::run(&args),

@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use antefix_attention::hooks::Told;
 use antefix_attention::method::{Axis, CachePolicy, LayerView, Program};
 use antefix_attention::sparse::Planning;
 use antefix_attention::{Angles, ChunkUse, Extra};
@@ -35,6 +36,8 @@ pub struct MethodReport {
     pub prompt_before: usize,
     /// Where the rows of reused documents came from.
     pub documents: Option<Provenance>,
+    /// What hooks tell of the rows that they saw.
+    pub told: Vec<Told>,
 }
 
 /// What planners did for the rows that were computed, in the layers that they plan.
@@ -337,6 +340,7 @@ impl Course {
             }),
             prompt_before: self.prompt_before,
             documents: self.documents.clone(),
+            told: Vec::new(),
         })
     }
 }

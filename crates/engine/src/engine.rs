@@ -1093,7 +1093,10 @@ impl Engine {
                 }
             }
         };
-        let method = seq.course.report(&self.pool, &seq.kv).map(Box::new);
+        let mut method = seq.course.report(&self.pool, &seq.kv).map(Box::new);
+        if let (Some(report), Some(hooks)) = (&mut method, &seq.job.hooks) {
+            report.told = hooks.take_told();
+        }
         let plain = method.is_none() && seq.job.hooks.is_none();
         events.push(Event::End {
             id: seq.id,

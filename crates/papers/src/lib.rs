@@ -20,6 +20,7 @@ pub mod aaren;
 pub mod act;
 pub mod anchor_attention;
 pub mod ape;
+pub mod attention_sae;
 pub mod cacheblend;
 pub mod compresskv;
 pub mod dhsa;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antefix_attention::hooks::HookSpec;
+use antefix_attention::hooks::Told;
 use antefix_attention::method::{
     Axis, BandError, Bands, Card, ChoiceError, DENSE, Facts, Method, Profiles, Program, RawChoice,
     RawMethods, Rig, RigError, Trust, find,
@@ -232,6 +233,19 @@ pub(crate) fn note_all(body: &mut Value, answers: &[Answer]) {
     answers.iter().for_each(|a| note_end(body, a.done));
 }
 
+/// What a hook tells, `{"site", "rows": [{"pos", "ids", "values"}]}`.
+fn told_json(told: &Told) -> Value {
+    let row = |(pos, row): &(u32, Vec<(u32, f32)>)| {
+        let (ids, values): (Vec<u32>, Vec<f32>) = row.iter().copied().unzip();
+        json!({ "pos": pos, "ids": ids, "values": values })
+    };
+    json!({
+        "site": told.site.full_name(told.layer),
+        "rows": told.rows.iter().map(row).collect::<Vec<_>>(),
+        "dropped_rows": told.dropped,
+    })
+}
+
 /// Adds what the methods did to an answer.
 pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
     if let Some(r) = report {
@@ -254,6 +268,9 @@ pub(crate) fn note(body: &mut Value, report: Option<&MethodReport>) {
             if plan.corrected > 0 {
                 body["antefix"]["corrected"] = json!(plan.corrected);
             }
+        }
+        for told in &r.told {
+            body["antefix"][&told.name] = told_json(told);
         }
         if let Some(d) = &r.documents {
             body["antefix"]["documents"] = json!({

@@ -13,7 +13,7 @@ mod spec;
 
 pub use captured::{Captured, Values};
 pub use error::HookError;
-pub use observer::{At, Hook, Observer, Watch};
+pub use observer::{At, Hook, Observer, Told, Watch};
 pub use plan::{HookPlan, HookShape, Sources, fingerprint};
 pub use site::{Per, Site, SiteName, UnknownSite};
 pub use spec::{

@@ -20,6 +20,26 @@ pub trait Hook: Send {
 
     /// Sees the rows `[at.rows, at.width]` of its sequence in this step, and may change them. Called after the edits of the plan.
     fn at(&mut self, at: &At<'_>, rows: &mut [f32]);
+
+    /// What it has to tell of the rows that it saw, when their sequence has ended; most have nothing to tell.
+    fn told(&mut self) -> Option<Told> {
+        None
+    }
+}
+
+/// Named values of rows, most of them 0 and left out: what a hook tells of a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Told {
+    /// What it is, such as `features`.
+    pub name: String,
+    /// The layer that was looked at.
+    pub layer: usize,
+    /// The site.
+    pub site: Site,
+    /// Rows by position, ascending: numbers and their values.
+    pub rows: Vec<(u32, Vec<(u32, f32)>)>,
+    /// Rows that were not kept because there were too many.
+    pub dropped: usize,
 }
 
 /// Where a hook stands.
@@ -143,6 +163,11 @@ impl Observer {
         let probes = self.plan.probes();
         let taken = std::mem::replace(&mut run.readings, vec![Vec::new(); probes.len()]);
         probes.iter().map(|p| p.id.clone()).zip(taken).collect()
+    }
+
+    /// What the hooks have to tell, in their order; nothing of it is left behind.
+    pub fn take_told(&self) -> Vec<Told> {
+        self.lock().hooks.iter_mut().filter_map(|h| h.told()).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Run> {

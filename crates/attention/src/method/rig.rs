@@ -108,6 +108,14 @@ impl Profiles {
         }
     }
 
+    /// The folder that is the profile `name` of this kind: a folder of that path if there is one, or `NAME/` in the folders.
+    pub fn folder(&self, kind: &str, name: &str) -> Option<PathBuf> {
+        let places = self.folders.iter().map(|f| f.join(kind).join(name));
+        std::iter::once(PathBuf::from(name))
+            .chain(places)
+            .find(|p| p.is_dir())
+    }
+
     fn find(&self, kind: &str, name: &str, ending: &str) -> Result<PathBuf, String> {
         let own = Path::new(name);
         let places = self
@@ -302,6 +310,11 @@ impl<'m> Rig<'m> {
         self.profiles
             .read_bytes(kind, name, longest)
             .map_err(|why| self.unusable(kind, why, hint))
+    }
+
+    /// The folder of a profile of the model that has several files, if there is one of this name.
+    pub fn profile_folder(&self, kind: &'static str, name: &str) -> Option<PathBuf> {
+        self.profiles.folder(kind, name)
     }
 
     /// What a planner makes of a prompt depends on this file: pages are shared only with requests that depend on the same one.

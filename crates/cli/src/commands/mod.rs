@@ -16,6 +16,7 @@ pub(crate) mod models;
 pub(crate) mod perplexity;
 pub(crate) mod repro;
 pub(crate) mod run;
+pub(crate) mod sae;
 pub(crate) mod serve;
 pub(crate) mod stream;
 pub(crate) mod tokenize;

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use antefix_attention::hooks::Told;
 use antefix_attention::method::Trust;
 use antefix_engine::{Engine, Event, MethodReport, RawJob, RawSampling, Usage};
 use antefix_models::documents::{self, WithDocuments};
@@ -178,6 +179,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     writeln!(out)?;
     if let Some(report) = report {
         eprintln!("{}", described(&report));
+        report.told.iter().for_each(show_told);
     }
     args.hooks.write(observer.as_deref())
 }
@@ -216,6 +218,18 @@ fn described(report: &MethodReport) -> String {
         report.settings,
         report.kept * 100.0
     )
+}
+
+/// What a hook tells of each row, a line each.
+fn show_told(told: &Told) {
+    eprintln!("[{} at {}]", told.name, told.site.full_name(told.layer));
+    for (pos, row) in &told.rows {
+        let each: Vec<String> = row.iter().map(|(id, x)| format!("{id} {x:.3}")).collect();
+        eprintln!("  token {pos}: {}", each.join(", "));
+    }
+    if told.dropped > 0 {
+        eprintln!("  and {} more tokens that were not kept", told.dropped);
+    }
 }
 
 /// Runs one request to its end, handing text out as it comes.
