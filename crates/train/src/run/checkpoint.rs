@@ -19,6 +19,22 @@ struct StateFile {
     optimiser_steps: u64,
 }
 
+impl StateFile {
+    /// That of a checkpoint's folder.
+    fn read(folder: &Path) -> Result<Self, TrainError> {
+        let file = folder.join("state.toml");
+        let text = std::fs::read_to_string(&file).map_err(TrainError::io(&file))?;
+        let found: Self = toml::from_str(&text).map_err(|e| TrainError::file(&file, e.to_string()))?;
+        if found.version != VERSION {
+            return Err(TrainError::file(
+                &file,
+                format!("version {} is not {VERSION}", found.version),
+            ));
+        }
+        Ok(found)
+    }
+}
+
 /// A finished checkpoint of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -48,19 +64,8 @@ impl Checkpoint {
             ));
         }
         let folder = run.join(name);
-        let state = folder.join("state.toml");
-        let text = std::fs::read_to_string(&state).map_err(TrainError::io(&state))?;
-        let found: StateFile = toml::from_str(&text).map_err(|e| TrainError::file(&state, e.to_string()))?;
-        if found.version != VERSION {
-            return Err(TrainError::file(
-                &state,
-                format!("version {} is not {VERSION}", found.version),
-            ));
-        }
-        Ok(Some(Self {
-            folder,
-            step: found.step,
-        }))
+        let step = StateFile::read(&folder)?.step;
+        Ok(Some(Self { folder, step }))
     }
 
     /// Writes one under a temporary name, then gives it its own, points `latest` at it and removes all but the newest two.
@@ -124,9 +129,7 @@ impl Checkpoint {
     /// Sets parameters and moments to what was saved.
     pub(super) fn restore(&self, params: &Params, optimiser: &mut AdamW) -> Result<(), TrainError> {
         read_params(&self.folder.join("model.safetensors"), params)?;
-        let state = self.folder.join("state.toml");
-        let text = std::fs::read_to_string(&state).map_err(TrainError::io(&state))?;
-        let found: StateFile = toml::from_str(&text).map_err(|e| TrainError::file(&state, e.to_string()))?;
+        let found = StateFile::read(&self.folder)?;
         let file = self.folder.join("optim.safetensors");
         let mut moments: std::collections::HashMap<String, Vec<f32>> = read_tensors(&file)?
             .into_iter()

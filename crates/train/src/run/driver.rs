@@ -261,7 +261,8 @@ impl Run<'_> {
     }
 
     fn cross_entropy(&mut self, step: u64) -> Result<Step, TrainError> {
-        let RawBatch { batch, from } = self.batch(step);
+        let batch = self.recipe.train.batch;
+        let from = step * batch as u64;
         let items = self
             .data
             .items(self.recipe.seed, Part::Train, from, batch, &self.tokens);
@@ -293,14 +294,6 @@ impl Run<'_> {
             rows,
             policy: None,
         })
-    }
-
-    fn batch(&self, step: u64) -> RawBatch {
-        let batch = self.recipe.train.batch;
-        RawBatch {
-            batch,
-            from: step * batch as u64,
-        }
     }
 
     /// One step of the optimiser, unless the loss is of no use.
@@ -362,7 +355,8 @@ impl Run<'_> {
         let (Some(task), Some(sampling)) = (self.data.task().cloned(), self.sampling()) else {
             return Err(TrainError::Unsupported("a policy needs a task".into()));
         };
-        let RawBatch { batch, from } = self.batch(step);
+        let batch = self.recipe.train.batch;
+        let from = step * batch as u64;
         let outcomes = self.outcomes(&task, sampling, from, batch, step, mask_truncated)?;
         let form = if repeat_prompts {
             Form::Repeated
@@ -486,12 +480,6 @@ impl Run<'_> {
         }
         Ok(figures)
     }
-}
-
-/// Where a step's items begin.
-struct RawBatch {
-    batch: usize,
-    from: u64,
 }
 
 /// Items in pieces of `size`.
