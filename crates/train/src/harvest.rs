@@ -436,6 +436,15 @@ pub fn harvest(
             break;
         }
     }
+    if index.shards.is_empty() {
+        let row = index.about.context;
+        return Err(HarvestError::Setting(match index.done {
+            true => format!(
+                "nothing to gather: the texts have no row of {row} tokens behind the {skip} that are left out\nhint: more text, or leave fewer out"
+            ),
+            false => format!("nothing to gather: the limits have no room for a row of {row} tokens"),
+        }));
+    }
     let rows = rows_of_text(&index);
     Ok(Gathered {
         tokens: rows * context,

@@ -44,6 +44,31 @@ fn dictionary(model: &Model) -> Sae {
 
 const CONTEXT: usize = 16;
 
+/// Texts that end within the rows that are left out, and limits below one row, are errors: an empty harvest is none.
+#[test]
+fn a_harvest_of_nothing_is_refused() {
+    let (model, tokenizer) = model();
+    let at = tempfile::tempdir().unwrap();
+    let paths = texts(&at.path().join("texts"));
+    for (skip, tokens, what) in [(1_000_000, 1000, "left out"), (0, 1, "limits")] {
+        let error = harvest(
+            (&model, &tokenizer, "tiny"),
+            Texts::new(&paths, &["txt".into()], CONTEXT, 1).unwrap(),
+            (&[0], skip, 4),
+            &at.path().join("out"),
+            &Limits {
+                tokens,
+                bytes: 1 << 30,
+            },
+            |_| (),
+        )
+        .err()
+        .unwrap()
+        .to_string();
+        assert!(error.contains(what), "{error}");
+    }
+}
+
 #[test]
 fn a_harvest_goes_on_where_it_was_left_and_its_batches_hold_every_row_once() {
     let (model, tokenizer) = model();
