@@ -276,11 +276,13 @@ fn answers_do_not_depend_on_cache_company_or_chunks(subject: &Subject<'_>, given
                 }
             }
             let mut together = engine(&model, &tokenizer, &traffic);
-            for round in 0..2 {
-                let got = traffic.run(&mut together).expect("the engine runs");
-                for (i, (_, raw)) in traffic.arrivals.iter().enumerate() {
-                    let (alone, did) = alone(&model, &tokenizer, raw);
-                    edits += did;
+            let rounds: Vec<Vec<Answer>> = (0..2)
+                .map(|_| traffic.run(&mut together).expect("the engine runs"))
+                .collect();
+            for (i, (_, raw)) in traffic.arrivals.iter().enumerate() {
+                let (alone, did) = alone(&model, &tokenizer, raw);
+                edits += did;
+                for (round, got) in rounds.iter().enumerate() {
                     assert!(
                         got[i] == alone,
                         "case {case}, round {round}, request {i}: {raw:?}"

@@ -15,7 +15,7 @@ const SPIN: Duration = Duration::from_micros(150);
 
 type Task = dyn Fn(usize) + Sync;
 
-/// The call at hand. The pointer is only followed between the start of a call and its end, while the caller waits in `run`.
+/// The call at hand. The pointer is only followed by workers that entered the call while it was open; `run` waits for those.
 #[derive(Clone, Copy)]
 struct Call {
     f: *const Task,
@@ -30,7 +30,7 @@ struct Shared {
     epoch: AtomicUsize,
     /// Next task of the call.
     next: AtomicUsize,
-    /// Workers that have not finished the call.
+    /// Workers inside the call. They enter while `call` is locked and open, so a worker that gets no core holds nobody up.
     busy: AtomicUsize,
     stop: AtomicBool,
     /// Workers asleep or about to be; changed while `call` is locked. Waking nobody costs a system call all the same.
@@ -97,11 +97,11 @@ impl Team {
         }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let s = &*self.shared;
-        // SAFETY: only the lifetime changes; no worker touches the pointer after `busy` is 0, and we wait for that below.
+        // SAFETY: only the lifetime changes; no worker touches the pointer once the call is closed and `busy` is 0, and we wait for
+        // that below.
         let f_static = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Task>(f) };
         let call = Call { f: f_static, tasks };
         s.next.store(0, Ordering::Relaxed);
-        s.busy.store(self.workers.len(), Ordering::Relaxed);
         {
             let mut slot = s.call.lock().unwrap_or_else(PoisonError::into_inner);
             *slot = Some(call);
@@ -111,6 +111,7 @@ impl Team {
             s.wake.notify_all();
         }
         s.take_tasks(call);
+        *s.call.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut spins = 0u32;
         while s.busy.load(Ordering::Acquire) > 0 {
             spins += 1;
@@ -120,7 +121,6 @@ impl Team {
             }
             std::hint::spin_loop();
         }
-        *s.call.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let panic = s.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(panic) = panic {
             resume_unwind(panic);
@@ -186,11 +186,17 @@ impl Shared {
         let mut seen = 0;
         loop {
             self.wait(seen);
-            seen = self.epoch.load(Ordering::Acquire);
+            let call = {
+                let open = self.call.lock().unwrap_or_else(PoisonError::into_inner);
+                seen = self.epoch.load(Ordering::Acquire);
+                if open.is_some() {
+                    self.busy.fetch_add(1, Ordering::Relaxed);
+                }
+                *open
+            };
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            let call = *self.call.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(call) = call {
                 self.take_tasks(call);
                 self.busy.fetch_sub(1, Ordering::Release);
