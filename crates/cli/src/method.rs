@@ -176,9 +176,7 @@ impl ProfileArgs {
 /// Where profiles lie: `profiles/` in antefix's home.
 pub(crate) fn profiles() -> Result<Profiles, Failure> {
     let home = Store::open().map_err(Failure::input)?.home().to_path_buf();
-    Ok(Profiles {
-        folders: vec![home.join("profiles")],
-    })
+    Ok(Profiles::named_in(vec![home.join("profiles")]).or_paths())
 }
 
 /// Files that stand before the question.

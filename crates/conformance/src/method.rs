@@ -92,9 +92,7 @@ impl Subject<'_> {
             let bytes = (profile.bytes)(&facts);
             std::fs::write(folder.join(profile.file), bytes).expect("a file for tests");
         }
-        let profiles = Profiles {
-            folders: vec![folder.path().to_owned()],
-        };
+        let profiles = Profiles::named_in(vec![folder.path().to_owned()]);
         let method = self.method;
         let program = Rig::assemble(&facts, &profiles, &[Chosen { method, knobs }]);
         program.ok().map(Arc::new)

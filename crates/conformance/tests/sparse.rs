@@ -75,9 +75,7 @@ impl Bench {
                 knobs: small(method.card()),
             })
             .collect();
-        let profiles = Profiles {
-            folders: vec![self.profiles.path().to_owned()],
-        };
+        let profiles = Profiles::named_in(vec![self.profiles.path().to_owned()]);
         let program = Rig::assemble(&self.model.facts(), &profiles, &chosen);
         Arc::new(program.unwrap_or_else(|e| panic!("{e}")))
     }

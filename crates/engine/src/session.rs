@@ -22,6 +22,7 @@ pub struct Session {
     hooks: Option<Arc<Observer>>,
     angles: Option<Arc<Angles>>,
     planning: Option<Arc<Planning>>,
+    depth: Option<usize>,
 }
 
 /// Methods that have no meaning for a text that is computed as it is.
@@ -52,6 +53,7 @@ impl Session {
             hooks: None,
             angles: None,
             planning: None,
+            depth: None,
         }
     }
 
@@ -79,6 +81,12 @@ impl Session {
     /// From now on `hooks` read or change the activations; `None` ends that.
     pub fn observe(&mut self, hooks: Option<Arc<Observer>>) {
         self.hooks = hooks;
+    }
+
+    /// From now on only the first `layers` layers are computed: enough for hooks that want nothing behind them. There are no logits, and
+    /// a text that was begun this way cannot go on with all layers.
+    pub fn stop_after(&mut self, layers: Option<usize>) {
+        self.depth = layers;
     }
 
     /// Time that attention took since it was last asked, planning included.
@@ -175,8 +183,11 @@ impl Session {
                     ..Extra::default()
                 },
             };
-            self.model
-                .forward(&mut self.pool, &[input], &mut self.scratch, logits)?;
+            let (pool, scratch) = (&mut self.pool, &mut self.scratch);
+            match self.depth {
+                Some(layers) => self.model.first_layers(pool, &[input], scratch, layers)?,
+                None => self.model.forward(pool, &[input], scratch, logits)?,
+            }
             self.kv.commit(chunk.len());
         }
         Ok(())

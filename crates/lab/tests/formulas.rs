@@ -43,9 +43,7 @@ fn profile(host: &EngineHost) -> HeadProfile {
 fn host(test: &str) -> (EngineHost, Folder) {
     let (model, tokenizer) = tiny(Arch::Llama, Cpu::best(), 1);
     let folder = std::env::temp_dir().join(format!("antefix-formulas-{test}-{}", std::process::id()));
-    let profiles = Profiles {
-        folders: vec![folder.clone()],
-    };
+    let profiles = Profiles::named_in(vec![folder.clone()]);
     let host = EngineHost::with_room(&model, &tokenizer, PROMPT * 2, (ALL, profiles));
     std::fs::create_dir_all(folder.join("heads")).unwrap();
     let text = serde_json::to_string(&profile(&host)).unwrap();

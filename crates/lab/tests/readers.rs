@@ -43,9 +43,7 @@ impl World {
         Self {
             model,
             tokenizer,
-            profiles: Profiles {
-                folders: vec![folder.path().to_owned()],
-            },
+            profiles: Profiles::named_in(vec![folder.path().to_owned()]),
             _folder: folder,
         }
     }

@@ -4,7 +4,7 @@
 
 use antefix_attention::method::{Card, Method};
 
-use repro::Repro;
+use repro::{Claim, Repro};
 
 #[cfg(test)]
 mod case;
@@ -30,6 +30,7 @@ pub mod hip_attention;
 pub mod hydragen;
 pub mod jrt;
 pub mod kv_baselines;
+pub mod prefix_grouper;
 pub mod razor_attention;
 pub mod retrieval_heads;
 pub mod rope_scaling;
@@ -46,6 +47,7 @@ pub const ALL: &[&dyn Method] = &[
     &act::Calibrated,
     &anchor_attention::AnchorAttention,
     &ape::Ape,
+    &attention_sae::AttentionSae,
     &sparse_baselines::BlockTopK,
     &cacheblend::CacheBlend,
     &compresskv::CompressKv,
@@ -79,7 +81,21 @@ pub const ALL: &[&dyn Method] = &[
 /// What always runs and no request chooses, in the order of the names. Listed beside [`ALL`].
 pub const ALWAYS: &[&Card] = &[&hydragen::CARD];
 
-/// The claims that `antefix repro` looks into, in the order of the names.
+/// What is trained and no request chooses, in the order of the names. Listed beside [`ALL`].
+pub const TRAINED: &[&Card] = &[&aaren::CARD, &prefix_grouper::CARD];
+
+/// The claims of what is trained. `antefix-train` measures them.
+pub const TRAINED_CLAIMS: &[&Claim] = &[&aaren::CLAIM, &attention_sae::CLAIM, &prefix_grouper::CLAIM];
+
+/// All claims that `antefix repro` looks into, in the order of the names.
+pub fn claims() -> Vec<Claim> {
+    let trained = TRAINED_CLAIMS.iter().map(|&claim| *claim);
+    let mut all: Vec<Claim> = REPROS.iter().map(|repro| repro.claim()).chain(trained).collect();
+    all.sort_by_key(|claim| claim.slug);
+    all
+}
+
+/// The claims that `antefix repro` looks into, on models that run, in the order of the names.
 pub const REPROS: &[&Repro] = &[
     // repros: first
     &act::repro::REPRO,

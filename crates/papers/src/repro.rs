@@ -33,6 +33,34 @@ pub struct Repro {
     pub run: fn(&mut dyn Lab, Scale) -> Result<Outcome, LabError>,
 }
 
+/// What a paper says, and how it is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// The name people write: the method's, where there is one.
+    pub slug: &'static str,
+    /// What the paper says, with its figures.
+    pub says: &'static str,
+    /// Where it says so.
+    pub source: &'static str,
+    /// From which figures on the claim counts as reproduced, and as partly reproduced.
+    pub rule: &'static str,
+    /// The smallest of our models on which it says something, by its alias.
+    pub model: &'static str,
+}
+
+impl Repro {
+    /// Without the way it is run.
+    pub const fn claim(&self) -> Claim {
+        Claim {
+            slug: self.slug,
+            says: self.claim,
+            source: self.source,
+            rule: self.rule,
+            model: self.model,
+        }
+    }
+}
+
 /// How much is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
@@ -374,13 +402,13 @@ pub const QWEN: &str = "qwen2.5-coder-0.5b";
 /// Name of the profile of heads in which [`Lab::heads`] puts its measurements.
 pub const PROFILE: &str = "repro";
 
-/// The reproduction of this name.
+/// The claim of this name.
 ///
 /// # Errors
 /// In words, with all names, when there is none.
-pub fn find(all: &[&'static Repro], slug: &str) -> Result<&'static Repro, String> {
-    all.iter().copied().find(|r| r.slug == slug).ok_or_else(|| {
-        let names: Vec<&str> = all.iter().map(|r| r.slug).collect();
+pub fn find(claims: &[Claim], slug: &str) -> Result<Claim, String> {
+    claims.iter().copied().find(|c| c.slug == slug).ok_or_else(|| {
+        let names: Vec<&str> = claims.iter().map(|c| c.slug).collect();
         format!(
             "there is no reproduction `{slug}`\nhint: one of {}",
             names.join(", ")
@@ -444,11 +472,11 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::{ALL, ALWAYS, REPROS, WITHOUT_REPRO};
+    use crate::{ALL, ALWAYS, REPROS, TRAINED, TRAINED_CLAIMS, WITHOUT_REPRO, claims};
 
     #[test]
     fn every_method_is_reproduced_or_says_why_not() {
-        let reproduced: BTreeSet<&str> = REPROS.iter().map(|r| r.slug).collect();
+        let reproduced: BTreeSet<&str> = claims().iter().map(|c| c.slug).collect();
         let excused: BTreeSet<&str> = WITHOUT_REPRO.iter().map(|w| w.0).collect();
         for method in ALL {
             let name = method.card().name;
@@ -457,6 +485,7 @@ mod tests {
                 "`{name}` is either in REPROS or in WITHOUT_REPRO"
             );
         }
+        assert!(TRAINED.iter().all(|card| reproduced.contains(card.name)));
         let cards = || ALL.iter().map(|m| m.card()).chain(ALWAYS.iter().copied());
         let known = |name: &&str| cards().any(|card| card.name == *name);
         assert!(excused.iter().all(known), "{excused:?}");
@@ -465,25 +494,31 @@ mod tests {
 
     #[test]
     fn reproductions_are_described_and_named_once() {
-        let names: Vec<&str> = REPROS.iter().map(|r| r.slug).collect();
-        let sorted: BTreeSet<&str> = names.iter().copied().collect();
-        assert_eq!(
-            names,
-            sorted.into_iter().collect::<Vec<_>>(),
-            "ascending, each once"
-        );
-        for r in REPROS {
-            let texts = [r.claim, r.source, r.rule];
-            assert!(texts.iter().all(|t| t.ends_with('.')), "{}: {texts:?}", r.slug);
+        for names in [
+            REPROS.iter().map(|r| r.slug).collect::<Vec<_>>(),
+            TRAINED_CLAIMS.iter().map(|c| c.slug).collect(),
+            claims().iter().map(|c| c.slug).collect(),
+        ] {
+            let sorted: BTreeSet<&str> = names.iter().copied().collect();
+            assert_eq!(
+                names,
+                sorted.into_iter().collect::<Vec<_>>(),
+                "ascending, each once"
+            );
+        }
+        for c in claims() {
+            let texts = [c.says, c.source, c.rule];
+            assert!(texts.iter().all(|t| t.ends_with('.')), "{}: {texts:?}", c.slug);
         }
     }
 
     #[test]
     fn a_wrong_name_gets_all_names() {
-        let error = find(REPROS, "nothing").err().unwrap();
+        let all = claims();
+        let error = find(&all, "nothing").err().unwrap();
         assert!(error.contains("`nothing`"));
-        assert!(REPROS.iter().all(|r| error.contains(r.slug)), "{error}");
-        assert_eq!(find(REPROS, "cacheblend").unwrap().slug, "cacheblend");
+        assert!(all.iter().all(|c| error.contains(c.slug)), "{error}");
+        assert_eq!(find(&all, "cacheblend").unwrap().slug, "cacheblend");
     }
 
     #[test]

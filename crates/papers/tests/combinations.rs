@@ -9,19 +9,24 @@ use antefix_attention::method::Profiles;
 use antefix_conformance::method::{PAIRED, Pair, pair};
 use antefix_conformance::tiny;
 use antefix_kernels::cpu::Cpu;
-use antefix_papers::ALL;
 use antefix_papers::heads::{HeadProfile, KIND};
+use antefix_papers::{ALL, attention_sae};
 
 #[test]
 fn every_pair_works_or_is_refused_by_name() {
     let folder = tempfile::tempdir().expect("a folder for tests");
-    let profile = HeadProfile::made_up(&tiny(PAIRED, Cpu::best(), 1).0.facts(), 5);
+    let facts = tiny(PAIRED, Cpu::best(), 1).0.facts();
+    let profile = HeadProfile::made_up(&facts, 5);
     let text = serde_json::to_string(&profile).expect("plain data");
     std::fs::create_dir(folder.path().join(KIND)).expect("a folder for tests");
     std::fs::write(folder.path().join(KIND).join("default.json"), text).expect("a file for tests");
-    let profiles = Profiles {
-        folders: vec![folder.path().to_owned()],
-    };
+    std::fs::create_dir(folder.path().join(attention_sae::KIND)).expect("a folder for tests");
+    let file = folder
+        .path()
+        .join(attention_sae::KIND)
+        .join("default.safetensors");
+    std::fs::write(file, attention_sae::made_up(&facts)).expect("a file for tests");
+    let profiles = Profiles::named_in(vec![folder.path().to_owned()]);
     let mut table = String::from("| |");
     for m in ALL {
         let _ = write!(table, " {} |", m.card().name);

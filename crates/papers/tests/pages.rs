@@ -7,22 +7,28 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use antefix_attention::method;
-use antefix_papers::{ALL, ALWAYS, REPROS, WITHOUT_REPRO};
+use antefix_attention::method::Card;
+use antefix_papers::{ALL, ALWAYS, TRAINED, WITHOUT_REPRO, claims};
 use serde_json::Value;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
+fn cards() -> impl Iterator<Item = &'static Card> {
+    let others = ALWAYS.iter().chain(TRAINED).copied();
+    ALL.iter().map(|m| m.card()).chain(others)
+}
+
 /// The last section of a page: the claim, and the last figures of `antefix repro --write-docs`.
 fn reproduction(name: &str, lines: &[Value]) -> String {
-    let Some(repro) = REPROS.iter().find(|r| r.slug == name) else {
+    let Some(claim) = claims().into_iter().find(|c| c.slug == name) else {
         let why = WITHOUT_REPRO.iter().find(|w| w.0 == name).map_or("", |w| w.1);
         return format!("\n## Reproduction\nNone of its own. {why}\n");
     };
     let mut out = format!(
         "\n## Reproduction\n**Claim.** {} *{}*\n\n**Rule.** {}\n\n",
-        repro.claim, repro.source, repro.rule
+        claim.says, claim.source, claim.rule
     );
     let mine: Vec<&Value> = lines.iter().filter(|l| l["slug"] == name).collect();
     let figure = |x: &Value| x.as_f64().map_or_else(|| "-".to_string(), |x| format!("{x:.3}"));
@@ -48,8 +54,7 @@ fn reproduction(name: &str, lines: &[Value]) -> String {
 
 #[test]
 fn every_card_is_in_order_and_every_name_is_there_once() {
-    let cards = ALL.iter().map(|m| m.card()).chain(ALWAYS.iter().copied());
-    let faults: Vec<String> = cards.flat_map(|card| card.faults()).collect();
+    let faults: Vec<String> = cards().flat_map(|card| card.faults()).collect();
     assert!(faults.is_empty(), "{}", faults.join("\n"));
     let faults = ALL
         .iter()
@@ -73,8 +78,8 @@ fn the_committed_pages_are_those_of_the_cards() {
         .lines()
         .map(|l| serde_json::from_str(l).expect("one object a line"))
         .collect();
-    let mut pages = vec![("README.md".to_string(), method::index(ALL, ALWAYS))];
-    for card in ALL.iter().map(|m| m.card()).chain(ALWAYS.iter().copied()) {
+    let mut pages = vec![("README.md".to_string(), method::index(ALL, ALWAYS, TRAINED))];
+    for card in cards() {
         let source = fs::read_to_string(root().join(card.source)).expect(card.source);
         let page = method::page(card, &source).unwrap_or_else(|e| panic!("{e}"));
         let page = page + &reproduction(card.name, &lines);

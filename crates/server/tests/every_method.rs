@@ -13,8 +13,8 @@ use axum::Router;
 use common::{ok, server_with};
 use serde_json::{Map, Value, json};
 
-/// A profile of heads of the tiny model, with made-up scores.
-fn write_profile(folder: &Path) {
+/// A profile of heads of the tiny model, with made-up scores, and a dictionary with random directions.
+fn write_profiles(folder: &Path) {
     let (model, _) = antefix_conformance::tiny(
         antefix_models::spec::Arch::Llama,
         antefix_kernels::cpu::Cpu::best(),
@@ -24,6 +24,9 @@ fn write_profile(folder: &Path) {
     std::fs::create_dir_all(folder.join("heads")).unwrap();
     let text = serde_json::to_string(&profile).unwrap();
     std::fs::write(folder.join("heads/made_up.json"), text).unwrap();
+    std::fs::create_dir_all(folder.join("sae")).unwrap();
+    let dictionary = antefix_papers::attention_sae::made_up(&model.facts());
+    std::fs::write(folder.join("sae/made_up.safetensors"), dictionary).unwrap();
 }
 
 /// Settings with which a method has something to do on a prompt of a few hundred tokens; else the card's own.
@@ -39,6 +42,7 @@ fn settings(card: &'static Card) -> Value {
             ("least", _) => json!(16),
             ("start" | "dense_layers", _) => json!(0),
             ("always", _) => json!(true),
+            ("edit", _) => json!("3:add:4"),
             _ => continue,
         };
         choice.insert(knob.name.into(), value);
@@ -73,13 +77,13 @@ fn cached(answer: &Value) -> &Value {
 
 fn server(profiles: &Path) -> Server {
     let folders = vec![profiles.to_path_buf()];
-    server_with(|config| config.offer.profiles = Profiles { folders })
+    server_with(|config| config.offer.profiles = Profiles::named_in(folders))
 }
 
 #[tokio::test]
 async fn every_method_is_served_and_leaves_the_cache_exact() {
     let folder = tempfile::tempdir().unwrap();
-    write_profile(folder.path());
+    write_profiles(folder.path());
     let (first, other) = (
         "which dog?",
         "how many foxes are there, and over whom do they jump?",

@@ -381,6 +381,7 @@ pub fn harvest(
     };
     let observer = Observer::new(Arc::new(plan), texts.context, 0).with(Box::new(keep));
     session.observe(Some(Arc::new(observer)));
+    session.stop_after(layers.last().map(|l| l + 1));
     let context = texts.context;
     let row = row_bytes(&index.about);
     let fits = |rows: usize| rows as u64 * row <= limits.bytes;

@@ -8,6 +8,7 @@ pub mod ops;
 pub mod optim;
 pub mod prefix_grouper;
 pub mod random;
+pub mod repro;
 pub mod run;
 pub mod sae;
 

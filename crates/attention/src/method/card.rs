@@ -22,6 +22,9 @@ pub enum Axis {
     /// How the engine computes whatever was asked for: what stands here always runs, and no request chooses it.
     #[serde(skip_deserializing)]
     Execution,
+    /// How models are trained, or a layer that is: `antefix train` and its kin run it, and no request chooses it.
+    #[serde(skip_deserializing)]
+    Training,
 }
 
 impl Axis {
@@ -45,6 +48,7 @@ impl Axis {
             Self::Geometry => "geometry",
             Self::Hooks => "hooks",
             Self::Execution => "execution",
+            Self::Training => "training",
         }
     }
 

@@ -163,7 +163,7 @@ fn knob_table(card: &Card) -> String {
 }
 
 /// The list of all methods, by axis, and of what `always` runs.
-pub fn index(methods: &[&dyn Method], always: &[&Card]) -> String {
+pub fn index(methods: &[&dyn Method], always: &[&Card], trained: &[&Card]) -> String {
     let mut page = String::from(
         "# Methods\n\nA request chooses at most one method on each axis: `--method NAME[,knob=value...]` on the command line, \
          `\"antefix\": {\"AXIS\": \"NAME,knob=value\"}` over HTTP.\n",
@@ -187,6 +187,11 @@ pub fn index(methods: &[&dyn Method], always: &[&Card]) -> String {
         page += "\n## Always\n\nHow the engine computes whatever was asked for. There is nothing to choose.\n\n\
                  | method | what it does | exact | paper |\n|---|---|---|---|\n";
         always.iter().for_each(|c| line(&mut page, c));
+    }
+    if !trained.is_empty() {
+        page += "\n## Trained\n\nWhat `antefix train` and its kin run, beside those above that are trained, too. No request chooses it.\n\n\
+                 | method | what it does | exact | paper |\n|---|---|---|---|\n";
+        trained.iter().for_each(|c| line(&mut page, c));
     }
     page
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::Read;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use twox_hash::XxHash3_64;
@@ -75,15 +75,32 @@ pub enum RigError {
     },
 }
 
-/// Where profiles are looked for: `FOLDER/KIND/NAME.json`, or another ending, in order.
+/// Where profiles are looked for: a path where that is allowed, then `FOLDER/KIND/NAME.json`, or another ending, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Profiles {
     /// Folders.
     pub folders: Vec<PathBuf>,
+    /// Whether a name may be a path of this machine, too: for those who started the process, not for those at the other end of a wire.
+    pub paths: bool,
 }
 
 impl Profiles {
-    /// The text of the profile `name` of this kind: a file of that path if there is one, or one in the folders.
+    /// Names are looked for in `folders` only.
+    pub fn named_in(folders: Vec<PathBuf>) -> Self {
+        Self {
+            folders,
+            paths: false,
+        }
+    }
+
+    /// Names may be paths, too.
+    #[must_use]
+    pub fn or_paths(self) -> Self {
+        Self { paths: true, ..self }
+    }
+
+    /// The text of the profile `name` of this kind: a file of that path if paths are allowed and there is one, or one in the
+    /// folders.
     ///
     /// # Errors
     /// When it is nowhere, or cannot be read; says where it was looked for.
@@ -92,7 +109,7 @@ impl Profiles {
         std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
     }
 
-    /// The bytes of the profile `name` of this kind: a file of that path if there is one, or `NAME.safetensors` in the folders.
+    /// The bytes of the profile `name` of this kind: a file of that path, or `NAME.safetensors` in the folders.
     ///
     /// # Errors
     /// As [`Profiles::read`], or when it has more than `longest` bytes.
@@ -111,30 +128,32 @@ impl Profiles {
     /// The folder that is the profile `name` of this kind: a folder of that path if there is one, or `NAME/` in the folders.
     pub fn folder(&self, kind: &str, name: &str) -> Option<PathBuf> {
         let places = self.folders.iter().map(|f| f.join(kind).join(name));
-        std::iter::once(PathBuf::from(name))
-            .chain(places)
-            .find(|p| p.is_dir())
+        self.own(name).into_iter().chain(places).find(|p| p.is_dir())
+    }
+
+    /// `name` as a path, where that is allowed.
+    fn own(&self, name: &str) -> Option<PathBuf> {
+        self.paths.then(|| PathBuf::from(name))
     }
 
     fn find(&self, kind: &str, name: &str, ending: &str) -> Result<PathBuf, String> {
-        let own = Path::new(name);
         let places = self
             .folders
             .iter()
             .map(|f| f.join(kind).join(format!("{name}.{ending}")));
-        let found = own
-            .is_file()
-            .then(|| own.to_path_buf())
-            .into_iter()
-            .chain(places)
-            .find(|p| p.is_file());
+        let found = self.own(name).into_iter().chain(places).find(|p| p.is_file());
         found.ok_or_else(|| {
             let looked: Vec<String> = self
                 .folders
                 .iter()
                 .map(|f| f.join(kind).display().to_string())
                 .collect();
-            format!("`{name}` is no file, and not in {}", looked.join(", "))
+            let no_file = if self.paths {
+                "is no file, and not"
+            } else {
+                "is not"
+            };
+            format!("`{name}` {no_file} in {}", looked.join(", "))
         })
     }
 }
@@ -309,6 +328,22 @@ impl<'m> Rig<'m> {
     ) -> Result<Vec<u8>, RigError> {
         self.profiles
             .read_bytes(kind, name, longest)
+            .map_err(|why| self.unusable(kind, why, hint))
+    }
+
+    /// The file of a profile of the model, `NAME.ENDING` in the folders.
+    ///
+    /// # Errors
+    /// As [`Rig::profile`].
+    pub fn profile_file(
+        &self,
+        kind: &'static str,
+        name: &str,
+        ending: &str,
+        hint: &str,
+    ) -> Result<PathBuf, RigError> {
+        self.profiles
+            .find(kind, name, ending)
             .map_err(|why| self.unusable(kind, why, hint))
     }
 

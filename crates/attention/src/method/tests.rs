@@ -192,9 +192,7 @@ fn files_are_named_by_whoever_started_the_process_only() {
     );
     let missing = Rig::assemble(
         &Facts::example(),
-        &Profiles {
-            folders: vec!["/nowhere".into()],
-        },
+        &Profiles::named_in(vec!["/nowhere".into()]),
         &asked.resolve(KNOWN, Trust::Local).unwrap(),
     );
     let text = missing.unwrap_err().to_string();
@@ -246,6 +244,7 @@ fn a_page_has_the_card_and_the_fixed_headings() {
     );
     assert!(page(&STRETCH, "//! # Steps\n").unwrap_err().contains("headings"));
     assert_eq!(card_json(&STRETCH)["knobs"][0]["default"], 2.0);
-    let page = index(KNOWN, &[KNOWN[0].card()]);
+    let page = index(KNOWN, &[KNOWN[0].card()], &[KNOWN[1].card()]);
     assert!(page.contains("[stretch](stretch.md)") && page.contains("\n## Always\n"));
+    assert!(page.contains("\n## Trained\n"));
 }

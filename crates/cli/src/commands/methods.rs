@@ -1,7 +1,7 @@
 //! `antefix methods`: what a request can choose, and what always runs.
 
 use antefix_attention::method::{Axis, Card, card_json, find};
-use antefix_papers::{ALL, ALWAYS};
+use antefix_papers::{ALL, ALWAYS, TRAINED};
 
 use super::{json_line, line};
 use crate::failure::Failure;
@@ -17,14 +17,14 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let cards: Vec<&Card> = match &args.name {
-        Some(name) => match ALWAYS.iter().find(|card| card.name == name) {
+        Some(name) => match ALWAYS.iter().chain(TRAINED).find(|card| card.name == name) {
             Some(card) => vec![card],
             None => vec![find(ALL, name).map_err(Failure::input)?.card()],
         },
         None => ALL
             .iter()
             .map(|m| m.card())
-            .chain(ALWAYS.iter().copied())
+            .chain(ALWAYS.iter().chain(TRAINED).copied())
             .collect(),
     };
     if args.json {
@@ -50,6 +50,7 @@ fn describe(card: &Card) -> Result<(), Failure> {
     line(format_args!("{} ({})\n{}", card.title, card.name, card.summary))?;
     match card.axis {
         Axis::Execution => line("axis    none: it always runs")?,
+        Axis::Training => line("axis    none: it is trained, see docs/training.md")?,
         axis => line(format_args!("axis    {axis}"))?,
     }
     line(format_args!(

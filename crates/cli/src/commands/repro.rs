@@ -3,12 +3,14 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use antefix_lab::repro::{Bench, Line, page, read, replace, reproduce};
+use antefix_kernels::memory::keep_big_blocks;
+use antefix_lab::repro::{Bench, Line, Ran, page, read, replace, reproduce, told, words};
 use antefix_lab::tasks::Prose;
-use antefix_papers::REPROS;
-use antefix_papers::repro::{Repro, Scale, find};
+use antefix_papers::repro::{Claim, LabError, Scale, find};
+use antefix_papers::{REPROS, claims};
+use antefix_train::repro::{Ground, RUNS, Subject};
 use anyhow::{Context, anyhow};
 use indicatif::ProgressBar;
 use serde_json::Value;
@@ -52,15 +54,16 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let mut chosen: Vec<&'static Repro> = match &args.slug[..] {
-        [] => REPROS.to_vec(),
+    let all = claims();
+    let mut chosen: Vec<Claim> = match &args.slug[..] {
+        [] => all,
         slugs => slugs
             .iter()
-            .map(|slug| find(REPROS, slug).map_err(|e| Failure::Input(anyhow!(e))))
+            .map(|slug| find(&all, slug).map_err(|e| Failure::Input(anyhow!(e))))
             .collect::<Result<_, _>>()?,
     };
     if args.list {
-        return chosen.into_iter().try_for_each(|r| list(r, args.json));
+        return chosen.into_iter().try_for_each(|claim| list(claim, args.json));
     }
     let prose = match &args.prose {
         Some(file) => Prose::Text(String::from_utf8_lossy(&super::read(file)?).into_owned()),
@@ -79,35 +82,44 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             .map_err(Failure::Input)?;
     }
     let scale = if args.fast { Scale::Fast } else { Scale::Full };
-    let model = |repro: &Repro| args.model.clone().unwrap_or_else(|| repro.model.into());
+    keep_big_blocks();
+    // The threads of training; whoever made them first was a test in the same process.
+    let _ = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads(args.run.threads)?)
+        .build_global();
+    let model = |claim: &Claim| match claim.model {
+        NO_MODEL => NO_MODEL.to_string(),
+        own => args.model.clone().unwrap_or_else(|| own.into()),
+    };
     // Each model is loaded once.
-    chosen.sort_by_key(|r| model(r));
-    let mut loaded: Option<(Bench, String)> = None;
+    chosen.sort_by_key(|claim| model(claim));
+    let mut loaded: Option<(String, Place)> = None;
     let mut broken = Vec::new();
-    for repro in chosen {
-        let name = model(repro);
-        let (bench, machine) = match &mut loaded {
-            Some(l) if l.0.model_name() == name => l,
+    for claim in chosen {
+        let name = model(&claim);
+        let place = match &mut loaded {
+            Some((held, place)) if *held == name => place,
             other => {
                 // The model before is gone before the next is loaded.
                 *other = None;
-                other.insert(load(&name, args, &prose)?)
+                let place = load(&name, args, &prose)?;
+                &mut other.insert((name, place)).1
             }
         };
-        let bar = ProgressBar::new_spinner().with_message(repro.slug);
+        let bar = ProgressBar::new_spinner().with_message(claim.slug);
         bar.enable_steady_tick(Duration::from_millis(200));
-        let done = reproduce(repro, bench, scale, machine);
+        let done = measure(claim, place, scale, &prose);
         bar.finish_and_clear();
         let (found, rows) = match done {
             Ok(done) => done,
             Err(error) => {
-                eprintln!("antefix: {}: {error}", repro.slug);
-                broken.push(repro.slug);
+                eprintln!("antefix: {}: {error}", claim.slug);
+                broken.push(claim.slug);
                 continue;
             }
         };
         if let Some(folder) = &args.out {
-            append(&folder.join(format!("repro-{}.jsonl", repro.slug)), &rows, &found)?;
+            append(&folder.join(format!("repro-{}.jsonl", claim.slug)), &rows, &found)?;
         }
         match args.json {
             true => json_line(&found)?,
@@ -124,29 +136,76 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-/// Instruments on the model `name`, and what the machine is.
-fn load(name: &str, args: &Args, prose: &Prose) -> Result<(Bench, String), Failure> {
-    let model = ModelArgs { model: name.into() };
-    let subject = model::subject(&model, &args.run)?;
-    let machine = format!(
-        "{}, {} threads, {}",
-        processor(),
-        threads(args.run.threads)?,
-        subject.model.cpu().path()
-    );
-    Ok((Bench::new(subject, prose.clone()), machine))
+/// What claims say that need no model.
+const NO_MODEL: &str = "none";
+
+/// Where claims are looked into.
+struct Place {
+    machine: String,
+    /// The model, as it was asked for; nothing for claims without one.
+    bench: Option<Bench>,
 }
 
-fn list(repro: &Repro, json: bool) -> Result<(), Failure> {
+/// Instruments on the model `name`, and what the machine is.
+fn load(name: &str, args: &Args, prose: &Prose) -> Result<Place, Failure> {
+    let cpu = antefix_kernels::cpu::Cpu::best().path();
+    let machine = format!("{}, {} threads, {cpu}", processor(), threads(args.run.threads)?);
+    if name == NO_MODEL {
+        return Ok(Place { machine, bench: None });
+    }
+    let model = ModelArgs { model: name.into() };
+    let subject = model::subject(&model, &args.run)?;
+    Ok(Place {
+        machine,
+        bench: Some(Bench::new(subject, prose.clone())),
+    })
+}
+
+/// The line of a claim, and the rows behind it.
+fn measure(
+    claim: Claim,
+    place: &mut Place,
+    scale: Scale,
+    prose: &Prose,
+) -> Result<(Line, Vec<Value>), LabError> {
+    let machine = &place.machine;
+    if let (Some(repro), Some(bench)) = (REPROS.iter().find(|r| r.slug == claim.slug), &mut place.bench) {
+        return reproduce(repro, bench, scale, machine);
+    }
+    let run = RUNS.iter().find(|run| run.0 == claim.slug);
+    let (_, run) = run.ok_or_else(|| LabError::Failed("nobody measures it".into()))?;
+    let folder = tempfile::tempdir().map_err(|e| LabError::Failed(e.to_string()))?;
+    let subject = place.bench.as_ref().map(Bench::subject);
+    let ground = Ground {
+        model: subject.map(|s| Subject {
+            model: &s.model,
+            tokenizer: &s.tokenizer,
+            name: &s.name,
+        }),
+        text: &words(prose),
+        folder: folder.path(),
+    };
+    let start = Instant::now();
+    let outcome = run(&ground, scale);
+    let ran = Ran {
+        scale,
+        model: subject.map_or(NO_MODEL, |s| &s.name),
+        machine,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    told(claim, &ran, outcome)
+}
+
+fn list(claim: Claim, json: bool) -> Result<(), Failure> {
     if json {
         let card = serde_json::json!({
-            "slug": repro.slug, "claim": repro.claim, "source": repro.source, "rule": repro.rule, "model": repro.model,
+            "slug": claim.slug, "claim": claim.says, "source": claim.source, "rule": claim.rule, "model": claim.model,
         });
         return json_line(&card);
     }
     line(format_args!(
         "{}\n  {}\n  {}\n",
-        repro.slug, repro.claim, repro.rule
+        claim.slug, claim.says, claim.rule
     ))
 }
 
@@ -203,7 +262,7 @@ fn write_docs(folder: &Path, lines: &[Line]) -> Result<(), Failure> {
         text += &(serde_json::to_string(line).map_err(Failure::other)? + "\n");
     }
     let written = std::fs::write(folder.join("reproductions.jsonl"), text)
-        .and_then(|()| std::fs::write(folder.join("reproductions.md"), page(REPROS, lines)));
+        .and_then(|()| std::fs::write(folder.join("reproductions.md"), page(&claims(), lines)));
     written
         .with_context(|| format!("`{}` cannot be written", folder.display()))
         .map_err(Failure::Other)

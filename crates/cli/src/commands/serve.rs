@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use antefix_attention::method::{RawMethods, Trust};
+use antefix_attention::method::{Profiles, RawMethods, Trust};
 use antefix_engine::{Beside, Budget, Options};
 use antefix_kv::Pool;
 use antefix_server::{
@@ -387,7 +387,8 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
         offer: Offer {
             methods: antefix_papers::ALL,
             always: antefix_papers::ALWAYS,
-            profiles: crate::method::profiles()?,
+            // Requests name profiles, never files of this machine.
+            profiles: Profiles::named_in(crate::method::profiles()?.folders),
             defaults: settings.methods,
             bands: profile.bands,
         },

@@ -55,6 +55,11 @@ impl Bench {
         }
     }
 
+    /// The model.
+    pub fn subject(&self) -> &Subject {
+        &self.subject
+    }
+
     /// The model's name.
     pub fn model_name(&self) -> &str {
         &self.subject.name
@@ -67,9 +72,7 @@ impl Bench {
     }
 
     fn profiles(&self) -> Profiles {
-        Profiles {
-            folders: vec![self.folder.clone()],
-        }
+        Profiles::named_in(vec![self.folder.clone()]).or_paths()
     }
 
     fn program(&self, way: Way<'_>) -> Result<Option<Arc<Program>>, LabError> {

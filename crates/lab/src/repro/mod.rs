@@ -8,12 +8,13 @@ mod text;
 
 use std::time::Instant;
 
-use antefix_papers::repro::{LabError, Outcome, Repro, Scale, Verdict};
+use antefix_papers::repro::{Claim, LabError, Outcome, Repro, Scale, Verdict};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use bench::Bench;
 pub use page::{page, read, replace};
+pub use text::words;
 
 /// A line of `antefix repro --json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,23 +56,55 @@ pub fn reproduce(
     machine: &str,
 ) -> Result<(Line, Vec<Value>), LabError> {
     let start = Instant::now();
-    let outcome = match (repro.run)(bench, scale) {
+    let outcome = (repro.run)(bench, scale);
+    let ran = Ran {
+        scale,
+        model: bench.model_name(),
+        machine,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    told(repro.claim(), &ran, outcome)
+}
+
+/// Where something ran, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub struct Ran<'a> {
+    /// Which form.
+    pub scale: Scale,
+    /// Name of the model.
+    pub model: &'a str,
+    /// Which machine.
+    pub machine: &'a str,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// The line of an outcome, and the rows behind it.
+///
+/// # Errors
+/// When the run failed. A model that cannot do what is asked of it is no failure: the line says so.
+pub fn told(
+    claim: Claim,
+    ran: &Ran<'_>,
+    outcome: Result<Outcome, LabError>,
+) -> Result<(Line, Vec<Value>), LabError> {
+    let outcome = match outcome {
         Err(LabError::Model(why)) => Err(why),
         other => Ok(other?),
     };
     let mut line = Line {
-        slug: repro.slug.into(),
-        claim: format!("{} ({})", repro.claim, repro.source.trim_end_matches('.')),
+        slug: claim.slug.into(),
+        claim: format!("{} ({})", claim.says, claim.source.trim_end_matches('.')),
         measured: None,
         baseline: None,
         verdict: Verdict::Not.name().into(),
         why: String::new(),
         unit: String::new(),
         scale: String::new(),
-        fast: scale == Scale::Fast,
-        model: bench.model_name().into(),
-        machine: machine.into(),
-        seconds: start.elapsed().as_secs_f64(),
+        fast: ran.scale == Scale::Fast,
+        model: ran.model.into(),
+        machine: ran.machine.into(),
+        seconds: ran.seconds,
     };
     match outcome {
         Ok(outcome) => {

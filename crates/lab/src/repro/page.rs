@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use antefix_papers::repro::Repro;
+use antefix_papers::repro::Claim;
 
 use super::Line;
 
@@ -37,8 +37,8 @@ fn figure(x: Option<f64>) -> String {
     }
 }
 
-/// The page: every claim of `repros` with its rule and its figures.
-pub fn page(repros: &[&Repro], lines: &[Line]) -> String {
+/// The page: every claim with its rule and its figures.
+pub fn page(claims: &[Claim], lines: &[Line]) -> String {
     let mut page = String::from(
         "# Reproductions\n\n\
          What papers claim, measured again on small models. A verdict follows from the figures by the rule that stands above them. Short runs \
@@ -48,13 +48,13 @@ pub fn page(repros: &[&Repro], lines: &[Line]) -> String {
          out of `docs/reproductions.jsonl`, which keeps the last figures of every reproduction, model and length of run. CI runs three short ones end to \
          end (`tests/repro.sh`), and all of them on a tiny random model.\n",
     );
-    for repro in repros {
+    for claim in claims {
         let _ = write!(
             page,
             "\n## {}\n\n**Claim.** {} *{}*\n\n**Rule.** {}\n\n",
-            repro.slug, repro.claim, repro.source, repro.rule
+            claim.slug, claim.says, claim.source, claim.rule
         );
-        let mine: Vec<&Line> = lines.iter().filter(|l| l.slug == repro.slug).collect();
+        let mine: Vec<&Line> = lines.iter().filter(|l| l.slug == claim.slug).collect();
         let Some(first) = mine.first() else {
             page.push_str("Not run yet.\n");
             continue;

@@ -1,8 +1,8 @@
 use antefix_conformance::tiny;
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
-use antefix_papers::REPROS;
 use antefix_papers::repro::{HeadSearch, Judgement, Lab, Quiz};
+use antefix_papers::{REPROS, claims};
 use serde_json::json;
 
 use super::*;
@@ -215,11 +215,11 @@ fn the_page_has_every_claim_and_the_last_figures() {
         .collect();
     assert_eq!(read(&text).unwrap(), lines);
     assert!(read("{}\n").unwrap_err().starts_with("line 1"));
-    let page = page(REPROS, &lines);
+    let page = page(&claims(), &lines);
     assert!(
-        REPROS
+        claims()
             .iter()
-            .all(|r| page.contains(r.claim) && page.contains(r.rule))
+            .all(|c| page.contains(c.says) && page.contains(c.rule))
     );
     assert!(
         page.contains("| b | short: one | 0.01235 | - | **not** | so (here, 1 s) |"),

@@ -23,6 +23,14 @@ const PAGES: &[&str] = &[
     include_str!("../../../../CHANGELOG.md"),
 ];
 
+/// The texts of `prose`, or this repository's pages where that is generated.
+pub fn words(prose: &Prose) -> Vec<&str> {
+    match prose {
+        Prose::Text(text) => vec![text],
+        Prose::Generated => PAGES.to_vec(),
+    }
+}
+
 /// The first `length` tokens of the text of `prose`, or of this repository's pages where that is generated; behind the begin-of-text token
 /// where the model has one.
 ///
@@ -31,10 +39,8 @@ const PAGES: &[&str] = &[
 pub(super) fn text(tokenizer: &Tokenizer, prose: &Prose, length: usize) -> Result<Vec<u32>, String> {
     let start = tokenizer.bos().filter(|_| tokenizer.add_bos());
     let mut tokens: Vec<u32> = start.into_iter().collect();
-    let mut add = |text: &str| tokens.extend(tokenizer.encode(text, Specials::Plain));
-    match prose {
-        Prose::Text(text) => add(text),
-        Prose::Generated => PAGES.iter().for_each(|page| add(page)),
+    for text in words(prose) {
+        tokens.extend(tokenizer.encode(text, Specials::Plain));
     }
     if tokens.len() < length {
         return Err(format!(

@@ -125,7 +125,7 @@ impl Model {
         scratch: &mut Scratch,
         logits: &mut Vec<f32>,
     ) -> Result<(), ForwardError> {
-        let watch = self.layers(pool, inputs, scratch)?;
+        let watch = self.layers(pool, inputs, scratch, self.spec().layers)?;
         self.logits(&watch, scratch, logits);
         Ok(())
     }
@@ -142,7 +142,7 @@ impl Model {
         scratch: &mut Scratch,
         hidden: &mut Vec<f32>,
     ) -> Result<(), ForwardError> {
-        let watch = self.layers(pool, inputs, scratch)?;
+        let watch = self.layers(pool, inputs, scratch, self.spec().layers)?;
         if scratch.x.is_empty() {
             return Ok(());
         }
@@ -155,12 +155,28 @@ impl Model {
         Ok(())
     }
 
-    /// Leaves the wanted rows of the residual stream in `scratch.x`.
+    /// Runs only the first `depth` layers (at least 1), for hooks that want nothing behind them. Keys and values of later layers stay
+    /// unwritten: what follows these tokens cannot be computed.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn first_layers(
+        &self,
+        pool: &mut Pool,
+        inputs: &[Input<'_>],
+        scratch: &mut Scratch,
+        depth: usize,
+    ) -> Result<(), ForwardError> {
+        self.layers(pool, inputs, scratch, depth).map(|_| ())
+    }
+
+    /// Leaves the wanted rows of the residual stream behind `depth` layers in `scratch.x`.
     fn layers<'a>(
         &self,
         pool: &mut Pool,
         inputs: &[Input<'a>],
         scratch: &mut Scratch,
+        depth: usize,
     ) -> Result<Watch<'a>, ForwardError> {
         let spec = self.spec();
         let rows: usize = inputs.iter().map(|i| i.tokens.len()).sum();
@@ -199,7 +215,7 @@ impl Model {
         if watch.wants(0, Site::Embed) {
             watch.at(0, Site::Embed, &mut scratch.x, spec.d_model);
         }
-        let last = spec.layers - 1;
+        let last = depth.clamp(1, spec.layers) - 1;
         let mut rows: Vec<usize> = inputs.iter().map(|i| i.tokens.len()).collect();
         if !inputs.is_sorted_by_key(|i| !i.drawn) {
             return Err(ForwardError::Order);
@@ -207,7 +223,7 @@ impl Model {
         let drawn = inputs.iter().take_while(|i| i.drawn).count();
         scratch.acts.set_int8_rows(Some(rows[..drawn].iter().sum()));
         let wanted = |i: usize| inputs[i].logits.min(inputs[i].tokens.len());
-        for l in 0..spec.layers {
+        for l in 0..=last {
             self.attention(l, pool, (&seqs, &sharing), &watch, scratch)?;
             // Rows that nobody reads from the last layer on would be computed in vain.
             if l == last {

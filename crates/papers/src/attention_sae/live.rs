@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use antefix_attention::hooks::{At, Hook, Site, Told};
 use antefix_attention::method::HookMaker;
-use antefix_kernels::cpu::Cpu;
-use antefix_kernels::matmul::{Acts, Matrix, Precision, matmul};
-use antefix_kernels::quant::{Format, QuantError};
-use antefix_kernels::team::Team;
+use antefix_kernels::matmul::{Acts, Matrix, matmul};
+use antefix_kernels::quant::QuantError;
 
+use super::loaded::{Loaded, columns};
 use super::sae::{Architecture, Sae};
 
 /// Rows whose pre-activations are held at once.
@@ -108,8 +107,7 @@ impl Rows {
 pub struct Live {
     /// The layer.
     pub layer: usize,
-    /// The dictionary.
-    pub sae: Sae,
+    loaded: Arc<Loaded>,
     /// Which rows are told of.
     pub read: Rows,
     /// Features that are told of each row, the largest.
@@ -118,14 +116,14 @@ pub struct Live {
     pub edits: Vec<Edit>,
     /// Which rows are changed.
     pub edit_rows: Rows,
-    /// Differs between dictionaries with different weights.
+    /// Differs between dictionaries and between changes.
     pub mark: u64,
     encoder: Encoder,
 }
 
 /// The encoder's columns that are needed, as rows for the kernels.
 struct Encoder {
-    matrix: Matrix,
+    matrix: Arc<Matrix>,
     /// Which features, if not all.
     columns: Option<Vec<u32>>,
 }
@@ -156,41 +154,36 @@ pub struct Wish {
 }
 
 impl Live {
-    /// Packs what is needed of the encoder: all of it to read or where features compete, else the columns of the changed ones.
+    /// Takes all of the encoder to read or where features compete, else the columns of the changed ones. `mark` differs between changes.
     ///
     /// # Errors
     /// When memory is short.
-    pub fn new(sae: Sae, wish: Wish, mark: u64) -> Result<Self, QuantError> {
-        let p = sae.parts();
+    pub fn new(loaded: Arc<Loaded>, wish: Wish, mark: u64) -> Result<Self, QuantError> {
+        let p = loaded.stored.sae.parts();
         let some = wish.read == Rows::None && !matches!(p.architecture, Architecture::TopK { .. });
-        let columns: Option<Vec<u32>> = some.then(|| wish.edits.iter().map(|e| e.feature).collect());
-        let all: Vec<u32> = (0..p.features as u32).collect();
-        let wanted = columns.as_ref().unwrap_or(&all);
-        let mut bytes = Vec::with_capacity(wanted.len() * p.d_in * 4);
-        for &j in wanted {
-            for i in 0..p.d_in {
-                bytes.extend(p.w_enc[i * p.features + j as usize].to_le_bytes());
-            }
-        }
-        let matrix = Matrix::pack(
-            Cpu::best(),
-            &Team::new(1),
-            Format::F32,
-            &bytes,
-            wanted.len(),
-            p.d_in,
-            Precision::F32,
-        )?;
+        let some: Option<Vec<u32>> = some.then(|| wish.edits.iter().map(|e| e.feature).collect());
+        let encoder = Encoder {
+            matrix: match &some {
+                Some(features) => Arc::new(columns(p, features)?),
+                None => loaded.encoder()?,
+            },
+            columns: some,
+        };
         Ok(Self {
             layer: wish.layer,
-            encoder: Encoder { matrix, columns },
-            sae,
+            loaded,
+            encoder,
             read: wish.read,
             top: wish.top,
             edits: wish.edits,
             edit_rows: wish.edit_rows,
             mark,
         })
+    }
+
+    /// The dictionary.
+    pub fn sae(&self) -> &Sae {
+        &self.loaded.stored.sae
     }
 }
 
@@ -257,7 +250,7 @@ impl Hook for Follower {
             let frames: Vec<_> = block
                 .chunks_exact(width)
                 .zip(input.chunks_exact_mut(width))
-                .map(|(x, to)| live.sae.input(x, to))
+                .map(|(x, to)| live.sae().input(x, to))
                 .collect();
             self.acts.load(&input[..(to - from) * width], to - from, width);
             let h = &mut h[..(to - from) * n];
@@ -269,7 +262,7 @@ impl Hook for Follower {
                     for e in &live.edits {
                         let found = codes.binary_search_by_key(&e.feature, |f| f.0);
                         let was = found.map_or(0.0, |at| codes[at].1);
-                        live.sae.edit(x, frame, e.feature, was, e.apply(was));
+                        live.sae().edit(x, frame, e.feature, was, e.apply(was));
                     }
                 }
                 if from + i >= read {
@@ -298,13 +291,13 @@ impl Live {
     /// Features out of the encoder's products of one row; ascending.
     fn codes(&self, h: &[f32], out: &mut Vec<(u32, f32)>) {
         match &self.encoder.columns {
-            None => self.sae.activate(h, out),
+            None => self.sae().activate(h, out),
             Some(columns) => {
                 out.clear();
                 let each = columns
                     .iter()
                     .zip(h)
-                    .filter_map(|(&j, &h)| Some((j, self.sae.one(j as usize, h)?)));
+                    .filter_map(|(&j, &h)| Some((j, self.sae().one(j as usize, h)?)));
                 out.extend(each);
                 out.sort_unstable_by_key(|f| f.0);
             }

@@ -18,6 +18,7 @@ use serde_json::json;
 use super::attribute::{attribute, shares};
 use super::format::{Origin, SaeError, Stored};
 use super::live::{Change, Edit, Live, Maker, Rows, Wish};
+use super::loaded::Loaded;
 use super::reference;
 use super::sae::{Architecture, Norm, Parts, Sae};
 
@@ -682,7 +683,14 @@ fn live_features_are_those_of_the_dictionary_and_edits_follow_them() {
                 edits: Edit::parse("4:set:2+9:scale:0.5+11:add:1").unwrap(),
                 edit_rows,
             };
-            let maker = Maker(Arc::new(Live::new(sae.clone(), wish, 5).unwrap()));
+            let maker = Maker(Arc::new(
+                Live::new(
+                    Arc::new(Loaded::new(Stored::new(sae.clone(), Origin::default())).unwrap()),
+                    wish,
+                    5,
+                )
+                .unwrap(),
+            ));
             let mut hook = maker.make(prompt as usize);
             assert_eq!((hook.wants(1), hook.wants(2)), (0, Site::Z.bit()));
             assert_eq!(

@@ -45,9 +45,7 @@ fn installed(text: &str, settings: &str) -> Result<Program, RigError> {
         method: &CompressKv,
         knobs: Knobs::new(&CARD, &raw.knobs).expect("in range"),
     };
-    let profiles = Profiles {
-        folders: vec![dir.path().to_owned()],
-    };
+    let profiles = Profiles::named_in(vec![dir.path().to_owned()]);
     Rig::assemble(&Facts::example(), &profiles, &[chosen])
 }
 

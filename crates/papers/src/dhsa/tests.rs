@@ -374,9 +374,7 @@ fn pages_under_one_predictor_are_not_shared_with_those_under_another() {
         std::fs::write(dhsa.join("p.safetensors"), bytes).unwrap();
         let raw = RawChoice::parse("dhsa,boundaries=predictor,predictor=p").unwrap();
         let knobs = Knobs::new(&CARD, &raw.knobs).unwrap();
-        let profiles = Profiles {
-            folders: vec![folder.path().to_owned()],
-        };
+        let profiles = Profiles::named_in(vec![folder.path().to_owned()]);
         let program = Rig::assemble(&Facts::example(), &profiles, &[Chosen { method: &Dhsa, knobs }]);
         program.unwrap().salted(7)
     };

@@ -141,9 +141,7 @@ mod tests {
         let dir = tempfile::TempDir::new().expect("a folder for tests");
         std::fs::create_dir(dir.path().join(KIND)).expect("a folder for tests");
         std::fs::write(dir.path().join(KIND).join("default.json"), text).expect("a file for tests");
-        let profiles = Profiles {
-            folders: vec![dir.path().to_owned()],
-        };
+        let profiles = Profiles::named_in(vec![dir.path().to_owned()]);
         let in_need = crate::ALL
             .iter()
             .filter(|m| m.card().needs.contains(&Need::Profile(KIND)));

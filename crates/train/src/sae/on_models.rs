@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use antefix_attention::hooks::{HookPlan, HookSpec, Observer, Sources};
+use antefix_attention::hooks::{HookPlan, HookSpec, Observer, Sources, Values};
 use antefix_attention::method::HookMaker;
 use antefix_conformance::tiny;
 use antefix_engine::Session;
@@ -13,7 +13,9 @@ use antefix_models::decoder::Model;
 use antefix_models::spec::Arch;
 use antefix_models::tokenizer::Tokenizer;
 use antefix_papers::attention_sae::live::{Change, Edit, Live, Maker, Rows as Which, Wish};
-use antefix_papers::attention_sae::{Sae, Stored, made_up};
+use antefix_papers::attention_sae::loaded::Loaded;
+use antefix_papers::attention_sae::{Origin, Sae, Stored, made_up};
+use serde_json::json;
 
 use super::baselines::Pca;
 use super::features::{Fired, add_logits, add_sources, attribute_text, direct_logits};
@@ -121,6 +123,22 @@ fn a_harvest_goes_on_where_it_was_left_and_its_batches_hold_every_row_once() {
             .step_by(CONTEXT)
             .all(|t| *t == 1)
     );
+    // They are what a whole pass has there, although the harvest leaves later layers out.
+    let spec = json!({"captures": [{"at": {"site": "attn.hook_z", "layers": [0]}, "dtype": "bf16"}]});
+    let spec: HookSpec = serde_json::from_value(spec).unwrap();
+    let plan = HookPlan::compile(&spec, model.hook_shape(), &Sources::default()).unwrap();
+    run("first", &[0], CONTEXT, 1 << 30).unwrap();
+    let first = Rows::open(&folder("first"), 0).unwrap();
+    let mut session = Session::new(Arc::clone(&model), CONTEXT, CONTEXT);
+    let observer = Arc::new(Observer::new(Arc::new(plan), CONTEXT, 1 << 20));
+    session.observe(Some(Arc::clone(&observer)));
+    session
+        .feed(&first.token_ids(0).unwrap(), CONTEXT, &mut Vec::new())
+        .unwrap();
+    let Values::Bf16(whole_pass) = &observer.take()[0].values else {
+        panic!("bf16 was asked for")
+    };
+    assert!(*whole_pass == first.bits(0).unwrap());
     // Other settings in the same folder, and layers that are not there, are refused.
     assert!(matches!(
         run("alone", &[0], 9 * CONTEXT, 1 << 30),
@@ -175,7 +193,9 @@ fn looking_and_edits_that_change_nothing_leave_the_logits() {
         if let Some(wish) = wish {
             let plan =
                 HookPlan::compile(&HookSpec::default(), model.hook_shape(), &Sources::default()).unwrap();
-            let maker = Maker(Arc::new(Live::new(dictionary(&model), wish, 1).unwrap()));
+            let stored = Stored::new(dictionary(&model), Origin::default());
+            let loaded = Loaded::new(stored).unwrap();
+            let maker = Maker(Arc::new(Live::new(Arc::new(loaded), wish, 1).unwrap()));
             session.observe(Some(Arc::new(
                 Observer::new(Arc::new(plan), 60, 0).with(maker.make(60)),
             )));
