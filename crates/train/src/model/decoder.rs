@@ -5,14 +5,15 @@
 
 use std::sync::Arc;
 
-use antefix_kernels::grad::Act;
 use antefix_kernels::quant;
 use antefix_models::files::{ModelFiles, Role};
-use antefix_models::spec::{Act as SpecAct, ModelSpec, RopeStyle};
+use antefix_models::spec::{ModelSpec, RopeStyle};
 use candle_core::{Device, Tensor};
 
+use super::layer::{Layer, Projection, Weights};
 use super::lora::{Lora, LoraSpec};
 use super::params::{Init, Params};
+use super::recompute::{Recompute, recomputed};
 use crate::error::TrainError;
 use crate::ops::{self, Angles, Attention, Packing};
 
@@ -36,50 +37,16 @@ pub struct Batch {
     pub packing: Arc<Packing>,
 }
 
-/// A weight matrix, with its bias and its low-rank part if it has them.
-#[derive(Debug)]
-struct Projection {
-    weight: Tensor,
-    bias: Option<Tensor>,
-    lora: Option<Lora>,
-}
-
-impl Projection {
-    fn apply(&self, x: &Tensor) -> Result<Tensor, TrainError> {
-        Ok(match &self.lora {
-            Some(Lora { a, b, scale }) => ops::lora(x, &self.weight, self.bias.as_ref(), a, b, *scale)?,
-            None => ops::linear(x, &self.weight, self.bias.as_ref())?,
-        })
-    }
-
-    fn plain(&self) -> bool {
-        self.lora.is_none() && self.bias.is_none() && self.weight.track_op()
-    }
-}
-
-#[derive(Debug)]
-struct Layer {
-    attn_norm: Tensor,
-    qkv: [Projection; 3],
-    qk_norm: Option<[Tensor; 2]>,
-    out: Projection,
-    attn_post_norm: Option<Tensor>,
-    ffn_norm: Tensor,
-    gate: Projection,
-    up: Projection,
-    down: Projection,
-    ffn_post_norm: Option<Tensor>,
-}
-
 /// A decoder-only transformer that can be trained.
 #[derive(Debug)]
 pub struct Decoder {
-    spec: ModelSpec,
+    spec: Arc<ModelSpec>,
     params: Params,
     embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Weights>>,
     norm: Tensor,
     output: Tensor,
+    recompute: Recompute,
 }
 
 /// Where parameters come from.
@@ -207,7 +174,7 @@ impl Builder<'_> {
         })
     }
 
-    fn layer(&mut self, l: usize) -> Result<Layer, TrainError> {
+    fn layer(&mut self, l: usize) -> Result<Weights, TrainError> {
         let qk_norm = match (
             self.optional(Role::AttnQNorm(l))?,
             self.optional(Role::AttnKNorm(l))?,
@@ -215,7 +182,7 @@ impl Builder<'_> {
             (Some(q), Some(k)) => Some([q, k]),
             _ => None,
         };
-        Ok(Layer {
+        Ok(Weights {
             attn_norm: self.need(Role::AttnNorm(l))?,
             qkv: [
                 self.projection(Role::AttnQ(l), Some(Role::AttnQBias(l)))?,
@@ -239,7 +206,7 @@ impl Builder<'_> {
         }
         let embedding = self.need(Role::TokenEmbd)?;
         let layers = (0..self.spec.layers)
-            .map(|l| self.layer(l))
+            .map(|l| self.layer(l).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
         let norm = self.need(Role::OutputNorm)?;
         let output = match self.spec.tied {
@@ -254,7 +221,8 @@ impl Builder<'_> {
             rope.style = RopeStyle::Neox;
         }
         Ok(Decoder {
-            spec,
+            spec: Arc::new(spec),
+            recompute: Recompute::Nothing,
             params: self.params,
             embedding,
             layers,
@@ -295,6 +263,12 @@ impl Decoder {
         .build()
     }
 
+    /// The same model with another choice of what forward keeps.
+    #[must_use]
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
+    }
+
     /// What the model is; rotations are of halves.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -322,7 +296,7 @@ impl Decoder {
             .map(|rope| Arc::new(Angles::new(&rope.frequencies(), batch.packing.positions())))
             .collect();
         let mut x = ops::embed(&self.embedding, &batch.tokens, f64::from(self.spec.embed_scale))?;
-        for (layer, kind) in self.layers.iter().zip(&self.spec.layer_kinds) {
+        for (weights, kind) in self.layers.iter().zip(&self.spec.layer_kinds) {
             let attention = Attention {
                 heads: self.spec.heads,
                 kv_heads: self.spec.kv_heads,
@@ -331,53 +305,17 @@ impl Decoder {
                 angles: Some(angles[kind.rope].clone()),
                 packing: batch.packing.clone(),
             };
-            x = (&x + self.attend(layer, attention, &x)?)?;
-            x = (&x + self.feed_forward(layer, &x)?)?;
+            let layer = Layer {
+                spec: self.spec.clone(),
+                weights: weights.clone(),
+                attention,
+            };
+            x = match self.recompute {
+                Recompute::Nothing => layer.run(&x)?,
+                Recompute::Layers => recomputed(&x, self.params.aside(), move |x| layer.run(x))?,
+            };
         }
-        self.rms(&x, &self.norm)
-    }
-
-    fn rms(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TrainError> {
-        Ok(ops::rms_norm(x, weight, f64::from(self.spec.norm_eps))?)
-    }
-
-    /// Norms of the heads of `x: [R, H D]`.
-    fn head_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TrainError> {
-        let shape = x.shape().clone();
-        let heads = self.rms(&x.reshape(((), self.spec.head_dim))?, weight)?;
-        Ok(heads.reshape(shape)?)
-    }
-
-    fn attend(&self, layer: &Layer, attention: Attention, x: &Tensor) -> Result<Tensor, TrainError> {
-        let h = self.rms(x, &layer.attn_norm)?;
-        let [mut q, mut k] = [layer.qkv[0].apply(&h)?, layer.qkv[1].apply(&h)?];
-        let v = layer.qkv[2].apply(&h)?;
-        if let Some([q_norm, k_norm]) = &layer.qk_norm {
-            q = self.head_norm(&q, q_norm)?;
-            k = self.head_norm(&k, k_norm)?;
-        }
-        let o = layer.out.apply(&ops::attend(attention, &q, &k, &v)?)?;
-        match &layer.attn_post_norm {
-            Some(norm) => self.rms(&o, norm),
-            None => Ok(o),
-        }
-    }
-
-    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, TrainError> {
-        let act = match self.spec.act {
-            SpecAct::Silu => Act::Silu,
-            SpecAct::GeluTanh => Act::GeluTanh,
-        };
-        let h = self.rms(x, &layer.ffn_norm)?;
-        let middle = match layer.gate.plain() && layer.up.plain() {
-            true => ops::glu(act, &h, &layer.gate.weight, &layer.up.weight)?,
-            false => ops::gated_act(act, &layer.gate.apply(&h)?, &layer.up.apply(&h)?)?,
-        };
-        let y = layer.down.apply(&middle)?;
-        match &layer.ffn_post_norm {
-            Some(norm) => self.rms(&y, norm),
-            None => Ok(y),
-        }
+        Ok(ops::rms_norm(&x, &self.norm, f64::from(self.spec.norm_eps))?)
     }
 
     /// The tensors that training changes, in the layout of a model of description `base`: low-rank parts added, rows of q and k interleaved

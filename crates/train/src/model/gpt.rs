@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::decoder::Batch;
 use super::params::{Init, Params};
+use super::recompute::{Recompute, recomputed};
 use crate::error::TrainError;
 use crate::ops::{self, Attention};
 
@@ -179,13 +180,22 @@ struct Block {
     down: Tensor,
 }
 
+impl Block {
+    fn run(&self, x: &Tensor, batch: &Batch) -> Result<Tensor, TrainError> {
+        let x = (x + self.mixer.mix(&self.mixer_norm.apply(x)?, batch)?)?;
+        let h = self.ffn_norm.apply(&x)?;
+        Ok((&x + ops::mlp(Act::GeluTanh, &h, &self.up, &self.down)?)?)
+    }
+}
+
 /// A GPT-like model: learned positions, layer norms before each part, GELU, tied output.
 pub struct Gpt {
     params: Params,
     tokens: Tensor,
     positions: Tensor,
-    blocks: Vec<Block>,
+    blocks: Vec<Arc<Block>>,
     norm: Norm,
+    recompute: Recompute,
 }
 
 impl Gpt {
@@ -213,7 +223,7 @@ impl Gpt {
         let mut blocks = Vec::new();
         for layer in 0..raw.layers {
             let name = |part: &str| format!("h.{layer}.{part}");
-            blocks.push(Block {
+            blocks.push(Arc::new(Block {
                 mixer_norm: Norm::fresh(&name("ln_1"), raw.d, &mut params)?,
                 mixer: mixer(layer, &name("attn"), &mut params)?,
                 ffn_norm: Norm::fresh(&name("ln_2"), raw.d, &mut params)?,
@@ -229,7 +239,7 @@ impl Gpt {
                     Init::Normal(residual),
                     seed,
                 )?,
-            });
+            }));
         }
         let norm = Norm::fresh("ln_f", raw.d, &mut params)?;
         Ok(Self {
@@ -238,7 +248,14 @@ impl Gpt {
             positions,
             blocks,
             norm,
+            recompute: Recompute::Nothing,
         })
+    }
+
+    /// The same model with another choice of what forward keeps.
+    #[must_use]
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
     }
 
     /// Its parameters.
@@ -260,9 +277,13 @@ impl Gpt {
         let mut x =
             (ops::embed(&self.tokens, &batch.tokens, 1.0)? + ops::embed(&self.positions, &places, 1.0)?)?;
         for block in &self.blocks {
-            x = (&x + block.mixer.mix(&block.mixer_norm.apply(&x)?, batch)?)?;
-            let h = block.ffn_norm.apply(&x)?;
-            x = (&x + ops::mlp(Act::GeluTanh, &h, &block.up, &block.down)?)?;
+            x = match self.recompute {
+                Recompute::Nothing => block.run(&x, batch)?,
+                Recompute::Layers => {
+                    let (block, batch) = (block.clone(), batch.clone());
+                    recomputed(&x, self.params.aside(), move |x| block.run(x, &batch))?
+                }
+            };
         }
         self.norm.apply(&x)
     }

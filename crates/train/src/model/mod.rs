@@ -2,8 +2,10 @@
 
 mod decoder;
 mod gpt;
+mod layer;
 mod lora;
 mod params;
+mod recompute;
 
 #[cfg(test)]
 mod tests;
@@ -12,3 +14,4 @@ pub use self::decoder::{Batch, Decoder, Train};
 pub use self::gpt::{Gpt, MakeMixer, Mixer, RawGpt, SelfAttention};
 pub use self::lora::LoraSpec;
 pub use self::params::{Init, Params};
+pub use self::recompute::{Aside, Recompute};

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor, Var};
 
+use super::recompute::Aside;
 use crate::error::TrainError;
 use crate::random::Stream;
 
@@ -30,6 +31,7 @@ pub struct Params {
     index: HashMap<String, usize>,
     /// Factors of low-rank parts, by the name of the first half.
     scales: HashMap<String, f64>,
+    aside: Aside,
 }
 
 impl Params {
@@ -80,6 +82,11 @@ impl Params {
             }
         };
         self.trained(name, Tensor::from_vec(values, dims, &Device::Cpu)?)
+    }
+
+    /// Where gradients of recomputed parts wait.
+    pub(crate) fn aside(&self) -> &Aside {
+        &self.aside
     }
 
     pub(super) fn note_scale(&mut self, name: &str, scale: f64) {

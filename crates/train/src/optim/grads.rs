@@ -19,23 +19,26 @@ impl Grads {
     /// # Errors
     /// When an operator has no backward.
     pub fn add(&mut self, params: &Params, loss: &Tensor) -> Result<(), TrainError> {
+        params.aside().clear();
         let store = loss.backward()?;
         self.add_store(params, &store)
     }
 
-    /// Adds what a backward pass gave.
+    /// Adds what a backward pass gave, and what it left of recomputed parts.
     ///
     /// # Errors
     /// When a gradient is not of f32.
     pub fn add_store(&mut self, params: &Params, store: &GradStore) -> Result<(), TrainError> {
         self.sums.resize_with(params.variables().count(), Vec::new);
         for ((_, var), sum) in params.variables().zip(&mut self.sums) {
-            let Some(tensor) = store.get(var) else { continue };
-            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            if sum.is_empty() {
-                *sum = values;
-            } else {
-                grad::add_scaled(sum, 1.0, &values);
+            let inside = params.aside().take(var);
+            for tensor in store.get(var).into_iter().chain(&inside) {
+                let values = tensor.flatten_all()?.to_vec1::<f32>()?;
+                if sum.is_empty() {
+                    *sum = values;
+                } else {
+                    grad::add_scaled(sum, 1.0, &values);
+                }
             }
         }
         Ok(())
