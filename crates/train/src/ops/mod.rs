@@ -23,4 +23,4 @@ pub use self::mlp::{gated_act, glu, mlp};
 pub use self::node::Scalar;
 pub use self::norm::{layer_norm, rms_norm};
 pub use self::packing::{Angles, Group, Job, Mask, Packing, PackingError};
-pub use self::token_loss::{RowLoss, log_probs, token_loss};
+pub use self::token_loss::{Judged, RowLoss, judge, log_probs, token_loss};

@@ -2,7 +2,7 @@
 //!
 //! [`token_loss`] sums a loss that each row makes of its target's log-probability, and computes the gradients in the same pass, chunk by chunk of
 //! rows; [`log_probs`] gives the log-probabilities themselves and computes each chunk's logits again in backward. Cross-entropy is
-//! [`RowLoss::CrossEntropy`]; objectives of policies bring their own rule.
+//! [`RowLoss::CrossEntropy`]; objectives of policies bring their own rule. [`judge`] only looks.
 
 use std::sync::Arc;
 
@@ -69,6 +69,50 @@ pub fn log_probs(h: &Tensor, weight: &Tensor, targets: &Arc<Vec<u32>>, temperatu
         },
         &[h, weight],
     )
+}
+
+/// How one target was predicted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Judged {
+    /// `log softmax(h W^T)[target]`
+    pub log_prob: f64,
+    /// The target has the largest logit; of equal ones the first counts.
+    pub right: bool,
+}
+
+/// How each target is predicted, `[N]`, without a gradient; `h: [N, d]`, `W: [V, d]`, f32.
+///
+/// # Errors
+/// When the sizes do not fit together or a target is not below `V`.
+pub fn judge(h: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Vec<Judged>> {
+    let (h_data, w_data) = (
+        h.flatten_all()?.to_vec1::<f32>()?,
+        weight.flatten_all()?.to_vec1::<f32>()?,
+    );
+    let args = [(&h_data, h), (&w_data, weight)].map(|(data, t)| Arg { data, dims: t.dims() });
+    let size = sizes(&args, targets)?;
+    let mut out = Vec::with_capacity(targets.len());
+    each_chunk(&h_data, &w_data, size, 1.0, |first, logits| {
+        let judged: Vec<Judged> = logits
+            .par_chunks_exact(size[2])
+            .enumerate()
+            .map(|(i, logits)| {
+                let target = targets[first + i] as usize;
+                let best = logits.iter().enumerate().fold(
+                    0,
+                    |best, (at, x)| {
+                        if *x > logits[best] { at } else { best }
+                    },
+                );
+                Judged {
+                    log_prob: f64::from(logits[target] - grad::log_sum_exp(logits)),
+                    right: best == target,
+                }
+            })
+            .collect();
+        out.extend(judged);
+    });
+    Ok(out)
 }
 
 /// `[N, d, V]`

@@ -90,18 +90,48 @@ pub fn pack(items: &[Prompted], form: Form) -> Result<Scored, TrainError> {
     })
 }
 
+/// A sequence of which some tokens are scored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    /// `T` tokens.
+    pub tokens: Vec<u32>,
+    /// `[T]`; the first token is never scored, nothing predicts it.
+    pub scored: Vec<bool>,
+}
+
 /// Packs plain sequences; every token but the first of each is scored.
 ///
 /// # Errors
 /// [`PackingError::Empty`] for an empty sequence.
 pub fn pack_sequences(sequences: &[Vec<u32>]) -> Result<Scored, TrainError> {
-    let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
+    causal(sequences.iter().map(Vec::as_slice), |_, _| true)
+}
+
+/// Packs sequences of which only the marked tokens are scored.
+///
+/// # Errors
+/// [`PackingError::Empty`] for an empty sequence.
+pub fn pack_marked(sequences: &[Marked]) -> Result<Scored, TrainError> {
+    let tokens = sequences.iter().map(|s| s.tokens.as_slice());
+    causal(tokens, |i, t| sequences[i].scored.get(t) == Some(&true))
+}
+
+/// Sequences one after the other; token `t > 0` of sequence `i` is scored if `wanted(i, t)`.
+fn causal<'a>(
+    sequences: impl Iterator<Item = &'a [u32]> + Clone,
+    wanted: impl Fn(usize, usize) -> bool,
+) -> Result<Scored, TrainError> {
+    let lengths: Vec<usize> = sequences.clone().map(<[u32]>::len).collect();
     let packing = Packing::causal(&lengths)?;
     let (mut tokens, mut rows, mut targets, mut owners) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (i, sequence) in sequences.iter().enumerate() {
-        rows.extend((tokens.len()..tokens.len() + sequence.len() - 1).map(|r| r as u32));
-        targets.extend(&sequence[1..]);
-        owners.extend(sequence[1..].iter().map(|_| [i, 0]));
+    for (i, sequence) in sequences.enumerate() {
+        for (t, &token) in sequence.iter().enumerate().skip(1) {
+            if wanted(i, t) {
+                rows.push((tokens.len() + t - 1) as u32);
+                targets.push(token);
+                owners.push([i, 0]);
+            }
+        }
         tokens.extend(sequence);
     }
     Ok(Scored {

@@ -48,14 +48,22 @@ pub enum Task {
         /// Examples given.
         examples: usize,
     },
+    /// A number hidden in text that says nothing (Mohtashami and Jaggi, arXiv 2305.16300): the answer is the number.
+    Passkey {
+        /// Digits of the number.
+        digits: usize,
+        /// Sentences that say nothing.
+        filler: usize,
+    },
 }
 
 /// Why a task cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`task.{field}` is {value}; it is from 1 to {limit}")]
+#[error("`task.{field}` is {value}; it is from {least} to {limit}")]
 pub struct TaskError {
     field: &'static str,
     value: usize,
+    least: usize,
     limit: usize,
 }
 
@@ -68,16 +76,33 @@ impl Task {
             Self::Copy { items } => vec![("items", items, 1, 1024)],
             Self::Json { keys } => vec![("keys", keys, 1, 16)],
             Self::Function { examples } => vec![("examples", examples, 1, 256)],
+            Self::Passkey { digits, filler } => {
+                vec![("digits", digits, 1, 18), ("filler", filler, 0, 1 << 16)]
+            }
         };
         match ranges
             .into_iter()
             .find(|&(_, value, low, high)| value < low || value > high)
         {
-            Some((field, value, _, limit)) => Err(TaskError { field, value, limit }),
+            Some((field, value, least, limit)) => Err(TaskError {
+                field,
+                value,
+                least,
+                limit,
+            }),
             None => Ok(()),
         }
     }
 }
+
+/// What hides a pass key.
+const FILLER: [&str; 5] = [
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+];
 
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz";
 
@@ -139,6 +164,23 @@ impl Verifiable for Task {
                     answer: f(x).to_string(),
                 }
             }
+            Self::Passkey { digits, filler } => {
+                let key: String = (0..digits)
+                    .map(|_| char::from(b'0' + stream.below(10) as u8))
+                    .collect();
+                let mut sentences: Vec<String> = FILLER
+                    .iter()
+                    .cycle()
+                    .take(filler)
+                    .map(ToString::to_string)
+                    .collect();
+                let hidden = format!("The pass key is {key}. Remember it. {key} is the pass key.");
+                sentences.insert(stream.below(filler + 1), hidden);
+                Problem {
+                    prompt: format!("{} What is the pass key? The pass key is", sentences.join(" ")),
+                    answer: format!(" {key}"),
+                }
+            }
         }
     }
 
@@ -154,7 +196,7 @@ impl Verifiable for Task {
                     }
                 }
             }
-            _ => right(answer.trim() == problem.answer),
+            _ => right(answer.trim() == problem.answer.trim()),
         }
     }
 }

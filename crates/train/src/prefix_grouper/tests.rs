@@ -22,7 +22,7 @@ use crate::ops::{self, RowLoss};
 use crate::optim::Grads;
 use crate::random::Stream;
 
-fn model(arch: Arch) -> Decoder {
+pub(super) fn model(arch: Arch) -> Decoder {
     let gguf = Gguf::parse(tiny_gguf(arch, 3)).unwrap();
     let files = ModelFiles::from_gguf(gguf, Path::new("tiny.gguf")).unwrap();
     Decoder::load(&files, &Train::All, 0).unwrap()
@@ -33,7 +33,7 @@ fn tokens(n: usize, seed: u64) -> Vec<u32> {
     (0..n).map(|_| stream.below(250) as u32).collect()
 }
 
-fn prompted(prefix: usize, responses: &[usize], seed: u64) -> Prompted {
+pub(super) fn prompted(prefix: usize, responses: &[usize], seed: u64) -> Prompted {
     Prompted {
         prefix: tokens(prefix, seed),
         responses: responses
@@ -397,6 +397,7 @@ fn rewards_are_for_right_answers_only() {
         Task::Copy { items: 5 },
         Task::Json { keys: 2 },
         Task::Function { examples: 3 },
+        Task::Passkey { digits: 5, filler: 7 },
     ];
     for task in tasks {
         task.check().unwrap();
@@ -409,4 +410,14 @@ fn rewards_are_for_right_answers_only() {
     let problem = json.prompt(&mut Stream::of(1, "problem"));
     assert_eq!(json.reward(&problem, "{\"other\": 1}"), 0.5);
     assert!(Task::Copy { items: 0 }.check().is_err());
+    let passkey = Task::Passkey { digits: 6, filler: 9 };
+    let mut places = std::collections::BTreeSet::new();
+    for i in 0..50 {
+        let problem = passkey.prompt(&mut Stream::at(1, "problem", i));
+        let key = problem.answer.trim();
+        assert!(key.len() == 6 && problem.answer.starts_with(' '));
+        assert_eq!(problem.prompt.matches(key).count(), 2);
+        places.insert(problem.prompt.find(key));
+    }
+    assert!(places.len() > 5, "the key stands anywhere");
 }

@@ -1,13 +1,26 @@
 //! What a step learns from: a pure function of the seed and the step, so that a resumed run goes on where it stopped.
 
+mod chat;
+mod shards;
+mod synthetic;
+
 use std::path::{Path, PathBuf};
 
+use antefix_models::files::ModelFiles;
+use antefix_models::template::ChatTemplate;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
 
-use super::model::Tokens;
-use super::recipe::{RawData, Recipe};
+pub use self::shards::RawIds;
+pub use self::synthetic::Synthetic;
+use super::model::{Tokens, Trained};
+use super::recipe::{RawData, RawModel, Recipe};
 use crate::error::TrainError;
-use crate::prefix_grouper::{Problem, Prompted, Task, Verifiable};
+use crate::prefix_grouper::{
+    Form, LanguageModel, Marked, Problem, Prompted, Scored, Task, Verifiable, pack, pack_marked,
+    pack_sequences,
+};
 use crate::random::Stream;
 
 /// Files larger than this are refused rather than read into memory, bytes.
@@ -17,8 +30,33 @@ const LARGEST: u64 = 1 << 30;
 pub(super) enum Items {
     /// Whole sequences.
     Sequences(Vec<Vec<u32>>),
+    /// Sequences of which some tokens are scored.
+    Marked(Vec<Marked>),
     /// Prompts with responses.
     Prompted(Vec<Prompted>),
+}
+
+impl Items {
+    /// In pieces of `size`.
+    pub(super) fn split(self, size: usize) -> Vec<Self> {
+        fn pieces<T: Clone>(all: &[T], size: usize, wrap: impl Fn(Vec<T>) -> Items) -> Vec<Items> {
+            all.chunks(size).map(|c| wrap(c.to_vec())).collect()
+        }
+        match self {
+            Self::Sequences(all) => pieces(&all, size, Self::Sequences),
+            Self::Marked(all) => pieces(&all, size, Self::Marked),
+            Self::Prompted(all) => pieces(&all, size, Self::Prompted),
+        }
+    }
+
+    /// As a packed batch; responses stand behind one prompt.
+    pub(super) fn pack(&self) -> Result<Scored, TrainError> {
+        match self {
+            Self::Sequences(sequences) => pack_sequences(sequences),
+            Self::Marked(sequences) => pack_marked(sequences),
+            Self::Prompted(items) => pack(items, Form::Grouped),
+        }
+    }
 }
 
 /// Which part of the data.
@@ -36,11 +74,18 @@ pub(super) enum Data {
         train: usize,
         windows: usize,
     },
+    Marked {
+        items: Vec<Marked>,
+        train: usize,
+        /// Sequences that were longer than `data.seq`.
+        cut: usize,
+    },
     Prompted {
         items: Vec<Prompted>,
         train: usize,
     },
     Task(Task),
+    Synthetic(Synthetic),
 }
 
 #[derive(Deserialize)]
@@ -49,6 +94,13 @@ struct Line {
     response: Option<String>,
     #[serde(default)]
     responses: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Preference {
+    prompt: String,
+    chosen: String,
+    rejected: String,
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, TrainError> {
@@ -60,6 +112,31 @@ fn read(file: &Path) -> Result<Vec<u8>, TrainError> {
         ));
     }
     std::fs::read(file).map_err(TrainError::io(file))
+}
+
+/// What `each` makes of every line of a file that is not blank.
+fn lines<L: DeserializeOwned, T>(
+    file: &Path,
+    mut each: impl FnMut(L) -> Result<T, String>,
+) -> Result<Vec<T>, TrainError> {
+    let text = read(file)?;
+    let mut out = Vec::new();
+    for (n, line) in text.split(|&b| b == b'\n').enumerate() {
+        if line.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let item = serde_json::from_slice(line)
+            .map_err(|e| e.to_string())
+            .and_then(&mut each);
+        out.push(item.map_err(|what| TrainError::file(file, format!("line {}: {what}", n + 1)))?);
+    }
+    Ok(out)
+}
+
+/// How many of `all` items are for training, if any are.
+fn training(all: usize, val: f64) -> Option<usize> {
+    let train = all - (all as f64 * val).ceil() as usize;
+    (train > 0).then_some(train)
 }
 
 /// Files of a folder, or the file itself, in order of their names.
@@ -78,8 +155,27 @@ fn files(path: &Path) -> Result<Vec<PathBuf>, TrainError> {
     Ok(found)
 }
 
+/// The template of a file, or else of the base model.
+fn template(recipe: &Recipe, own: Option<&Path>, tokens: &Tokens) -> Result<ChatTemplate, TrainError> {
+    let (bos, eos) = tokens.marks();
+    let found = match (own, &recipe.model) {
+        (Some(file), _) => {
+            let source = std::fs::read_to_string(file).map_err(TrainError::io(file))?;
+            ChatTemplate::new(&source, &bos, &eos).map(Some)
+        }
+        (None, RawModel::Base { path, .. }) => ChatTemplate::open(&ModelFiles::open(path)?, &bos, &eos),
+        (None, _) => Ok(None),
+    };
+    let bad = |what: String| TrainError::Recipe(format!("`data.source` is \"chat\": {what}"));
+    found.map_err(|e| bad(e.to_string()))?.ok_or_else(|| {
+        bad("the model has no chat template\nhint: name one, a Jinja file, as `data.template`".into())
+    })
+}
+
 impl Data {
-    pub(super) fn open(recipe: &Recipe, tokens: &Tokens) -> Result<Self, TrainError> {
+    pub(super) fn open(recipe: &Recipe, tokens: &Tokens, model: &Trained) -> Result<Self, TrainError> {
+        let vocab = model.output().dim(0)?;
+        let empty = |file: &Path| TrainError::file(file, "no line to learn from");
         match &recipe.data {
             RawData::Text {
                 files: paths,
@@ -94,47 +190,111 @@ impl Data {
                         ids.push(tokens.end());
                     }
                 }
-                let windows = ids.len().saturating_sub(1) / seq;
-                let train = windows - (windows as f64 * val).ceil() as usize;
-                if train == 0 {
-                    return Err(TrainError::Recipe(format!(
-                        "`data.files` have {} tokens: not one window of `data.seq` {seq} to learn from",
-                        ids.len()
-                    )));
+                Self::windows(ids, *seq, *val)
+            }
+            RawData::Tokens {
+                files: paths,
+                seq,
+                val,
+                ids: width,
+            } => {
+                let mut ids = Vec::new();
+                for path in paths {
+                    for file in files(path)? {
+                        ids.extend(shards::tokens(&file, *width, vocab)?);
+                    }
                 }
-                Ok(Self::Text {
-                    tokens: ids,
-                    seq: *seq,
-                    train,
-                    windows,
-                })
+                Self::windows(ids, *seq, *val)
             }
             RawData::JsonLines { file, val, .. } => {
-                let text = read(file)?;
-                let mut items = Vec::new();
-                for (n, line) in text.split(|&b| b == b'\n').enumerate() {
-                    if line.iter().all(u8::is_ascii_whitespace) {
-                        continue;
-                    }
-                    let bad = |what: String| TrainError::file(file, format!("line {}: {what}", n + 1));
-                    let line: Line = serde_json::from_slice(line).map_err(|e| bad(e.to_string()))?;
+                let items = lines(file, |line: Line| {
                     let responses: Vec<_> = line.response.into_iter().chain(line.responses).collect();
                     if line.prompt.is_empty() || responses.is_empty() {
-                        return Err(bad("a prompt and at least one response are needed".into()));
+                        return Err("a prompt and at least one response are needed".into());
                     }
-                    items.push(prompted(
+                    Ok(prompted(
                         tokens,
                         &line.prompt,
                         responses.iter().map(String::as_str),
-                    ));
-                }
-                let train = items.len() - (items.len() as f64 * val).ceil() as usize;
-                if train == 0 {
-                    return Err(TrainError::file(file, "no line to learn from"));
-                }
+                    ))
+                })?;
+                let train = training(items.len(), *val).ok_or_else(|| empty(file))?;
                 Ok(Self::Prompted { items, train })
             }
+            RawData::Preferences { file, val, .. } => {
+                let items = lines(file, |line: Preference| {
+                    if line.prompt.is_empty() || line.chosen == line.rejected {
+                        return Err("a prompt and two different responses are needed".into());
+                    }
+                    let pair = [line.chosen.as_str(), line.rejected.as_str()];
+                    Ok(prompted(tokens, &line.prompt, pair.into_iter()))
+                })?;
+                let train = training(items.len(), *val).ok_or_else(|| empty(file))?;
+                Ok(Self::Prompted { items, train })
+            }
+            RawData::Chat {
+                file,
+                seq,
+                val,
+                template: own,
+                ..
+            } => {
+                let template = template(recipe, own.as_deref(), tokens)?;
+                let mut items =
+                    lines(file, |line: chat::Conversation| line.sequences(&template, tokens))?.concat();
+                let mut cut = 0;
+                for item in &mut items {
+                    cut += usize::from(item.tokens.len() > *seq);
+                    item.tokens.truncate(*seq);
+                    item.scored.truncate(*seq);
+                }
+                items.retain(|item| item.scored.iter().skip(1).any(|&s| s));
+                let train = training(items.len(), *val).ok_or_else(|| empty(file))?;
+                Ok(Self::Marked { items, train, cut })
+            }
             RawData::Task { task, .. } => Ok(Self::Task(task.clone())),
+            RawData::Synthetic { task } => {
+                if task.vocab() > vocab {
+                    return Err(TrainError::Recipe(format!(
+                        "`data.task.vocab` is {}; the model has {vocab} tokens",
+                        task.vocab()
+                    )));
+                }
+                Ok(Self::Synthetic(task.clone()))
+            }
+        }
+    }
+
+    fn windows(ids: Vec<u32>, seq: usize, val: f64) -> Result<Self, TrainError> {
+        let windows = ids.len().saturating_sub(1) / seq;
+        match training(windows, val) {
+            Some(train) => Ok(Self::Text {
+                tokens: ids,
+                seq,
+                train,
+                windows,
+            }),
+            None => Err(TrainError::Recipe(format!(
+                "`data.files` have {} tokens: not one window of `data.seq` {seq} to learn from",
+                ids.len()
+            ))),
+        }
+    }
+
+    /// How much there is, for the first line of the metrics; nothing for what is made up.
+    pub(super) fn facts(&self) -> serde_json::Value {
+        match self {
+            Self::Text {
+                tokens,
+                train,
+                windows,
+                ..
+            } => json!({"tokens": tokens.len(), "train": train, "held_out": windows - train}),
+            Self::Marked { items, train, cut } => {
+                json!({"train": train, "held_out": items.len() - train, "cut": cut})
+            }
+            Self::Prompted { items, train } => json!({"train": train, "held_out": items.len() - train}),
+            Self::Task(_) | Self::Synthetic(_) => json!(null),
         }
     }
 
@@ -151,6 +311,10 @@ impl Data {
                 let window = |at: usize| ids[at * seq..(at + 1) * seq + 1].to_vec();
                 Items::Sequences(picks.into_iter().map(window).collect())
             }
+            Self::Marked { items, train, .. } => {
+                let picks = picks(seed, part, from, n, *train, items.len());
+                Items::Marked(picks.into_iter().map(|at| items[at].clone()).collect())
+            }
             Self::Prompted { items, train } => {
                 let picks = picks(seed, part, from, n, *train, items.len());
                 Items::Prompted(picks.into_iter().map(|at| items[at].clone()).collect())
@@ -160,7 +324,16 @@ impl Data {
                 let item = |p: &Problem| prompted(tokens, &p.prompt, [p.answer.as_str()].into_iter());
                 Items::Prompted(problems.iter().map(item).collect())
             }
+            Self::Synthetic(task) => {
+                let streams = streams(seed, part, from, n);
+                Items::Marked(streams.map(|mut s| task.problem(&mut s)).collect())
+            }
         }
+    }
+
+    /// Its items are answers to something, right or wrong as a whole.
+    pub(super) fn has_answers(&self) -> bool {
+        matches!(self, Self::Prompted { .. } | Self::Task(_) | Self::Synthetic(_))
     }
 
     pub(super) fn task(&self) -> Option<&Task> {
@@ -171,14 +344,19 @@ impl Data {
     }
 }
 
-/// Problems of a task; held-out ones come from another stream.
-pub(super) fn problems(task: &Task, seed: u64, part: Part, from: u64, n: usize) -> Vec<Problem> {
+/// A stream for each made-up item; held-out ones have others.
+fn streams(seed: u64, part: Part, from: u64, n: usize) -> impl Iterator<Item = Stream> {
     let name = match part {
         Part::Train => "problem",
         Part::HeldOut => "held-out problem",
     };
-    (from..from + n as u64)
-        .map(|i| task.prompt(&mut Stream::at(seed, name, i)))
+    (from..from + n as u64).map(move |i| Stream::at(seed, name, i))
+}
+
+/// Problems of a task; held-out ones come from another stream.
+pub(super) fn problems(task: &Task, seed: u64, part: Part, from: u64, n: usize) -> Vec<Problem> {
+    streams(seed, part, from, n)
+        .map(|mut s| task.prompt(&mut s))
         .collect()
 }
 

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one object a line, with stable keys. Only `tok_s`, `rss_mb` and `seconds` depend on the clock.
+//! `metrics.jsonl`: one object a line, with stable keys. Only `tok_s`, `rss_mb`, `peak_mb` and `seconds` depend on clock and machine.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -50,10 +50,12 @@ impl Metrics {
     }
 }
 
-/// Resident memory, MB.
-pub(super) fn resident_mb() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmRSS:"))?;
-    let kb: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kb / 1024.0)
+/// Resident memory now and at its peak, MB.
+pub(super) fn resident_mb() -> [Option<f64>; 2] {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    ["VmRSS:", "VmHWM:"].map(|key| {
+        let line = status.lines().find(|l| l.starts_with(key))?;
+        let kb: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+        Some(kb / 1024.0)
+    })
 }

@@ -3,15 +3,20 @@
 mod checkpoint;
 mod data;
 mod driver;
+mod look;
 mod metrics;
 mod model;
 mod recipe;
 mod report;
+mod steps;
 
 #[cfg(test)]
 mod tests;
 
 pub use self::checkpoint::Checkpoint;
+pub use self::data::{RawIds, Synthetic};
 pub use self::driver::{Finish, Progress, Watch, train};
 pub use self::model::{Tokens, export, export_gguf};
-pub use self::recipe::{RawData, RawLora, RawModel, RawObjective, RawSteps, RawTokenizer, Recipe};
+pub use self::recipe::{
+    RawData, RawLora, RawModel, RawObjective, RawReference, RawSteps, RawTokenizer, Recipe,
+};

@@ -54,6 +54,17 @@ impl Tokens {
         }
     }
 
+    /// The texts of the begin and end tokens, as chat templates want them.
+    pub(super) fn marks(&self) -> (String, String) {
+        match self {
+            Self::Bytes => (String::new(), self.decode(&[self.end()])),
+            Self::Model(tokenizer) => {
+                let text = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();
+                (text(tokenizer.bos()), text(tokenizer.eos()))
+            }
+        }
+    }
+
     /// Begins a prompt, if the model wants one.
     pub fn begin(&self) -> Option<u32> {
         match self {
@@ -103,7 +114,7 @@ fn llama(raw: &RawLlama, name: &str) -> ModelSpec {
         heads: raw.heads,
         kv_heads: raw.kv_heads,
         head_dim,
-        vocab: 256,
+        vocab: raw.vocab,
         context: raw.context,
         norm_eps: 1e-5,
         embed_scale: 1.0,
@@ -190,6 +201,10 @@ pub(super) fn build(recipe: &Recipe) -> Result<(Trained, Tokens), TrainError> {
                 init.as_ref(),
             )
         }
+    };
+    let model = match model {
+        Trained::Decoder(m) => Trained::Decoder(m.with_recompute(recipe.train.recompute)),
+        Trained::Gpt(m) => Trained::Gpt(m.with_recompute(recipe.train.recompute)),
     };
     if let Some(init) = init {
         read_params(&init.join("model.safetensors"), model.params())?;
@@ -295,10 +310,11 @@ fn byte_char(byte: u8) -> char {
     char::from_u32(256 + before).unwrap_or('?')
 }
 
-fn byte_tokenizer() -> serde_json::Value {
-    let vocab: serde_json::Map<String, serde_json::Value> = (0..=255u8)
-        .map(|b| (byte_char(b).to_string(), json!(b)))
-        .collect();
+/// A tokenizer of bytes; ids beyond them have names that no text becomes.
+fn byte_tokenizer(vocab: usize) -> serde_json::Value {
+    let bytes = (0..=255u8).map(|b| (byte_char(b).to_string(), json!(b)));
+    let beyond = (256..vocab).map(|id| (format!("<{id}>"), json!(id)));
+    let vocab: serde_json::Map<String, serde_json::Value> = bytes.chain(beyond).collect();
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
@@ -370,7 +386,7 @@ pub fn export(recipe: &Recipe, checkpoint: &Path, to: &Path) -> Result<(), Train
             });
             write_json(&to.join("config.json"), &config)?;
             if matches!(recipe.model, RawModel::Llama(_)) {
-                write_json(&to.join("tokenizer.json"), &byte_tokenizer())?;
+                write_json(&to.join("tokenizer.json"), &byte_tokenizer(spec.vocab))?;
             }
             Ok(())
         }

@@ -1,12 +1,15 @@
 //! Recipes: what people may write, and what of it can be run.
 
+mod check;
+
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use super::data::{RawIds, Synthetic};
 use crate::error::TrainError;
-use crate::model::RawGpt;
+use crate::model::{RawGpt, Recompute};
 use crate::optim::{RawAdamW, RawSchedule};
 use crate::prefix_grouper::{Task, Variant};
 
@@ -75,6 +78,52 @@ pub enum RawData {
         #[serde(default)]
         tokenizer: RawTokenizer,
     },
+    /// Token ids, one after the other, in windows.
+    Tokens {
+        /// `.bin` or `.safetensors`, or folders of them, relative to the recipe.
+        files: Vec<PathBuf>,
+        /// Tokens of a window.
+        seq: usize,
+        /// Share held out, from the end.
+        #[serde(default = "held_out")]
+        val: f64,
+        /// Width of ids in `.bin` files that do not tell.
+        #[serde(default)]
+        ids: RawIds,
+    },
+    /// Objects with `messages` (and `tools`), one a line, through a chat template; what the assistant says is scored.
+    Chat {
+        /// Path, relative to the recipe.
+        file: PathBuf,
+        /// Tokens of a conversation; longer ones are cut.
+        #[serde(default = "conversation")]
+        seq: usize,
+        /// Share held out, from the end.
+        #[serde(default = "held_out")]
+        val: f64,
+        /// A Jinja file instead of the model's own template, relative to the recipe.
+        #[serde(default)]
+        template: Option<PathBuf>,
+        /// Text to tokens.
+        #[serde(default)]
+        tokenizer: RawTokenizer,
+    },
+    /// Objects with `prompt`, `chosen` and `rejected`, one a line: for `dpo`.
+    Preferences {
+        /// Path, relative to the recipe.
+        file: PathBuf,
+        /// Share held out, from the end.
+        #[serde(default = "held_out")]
+        val: f64,
+        /// Text to tokens.
+        #[serde(default)]
+        tokenizer: RawTokenizer,
+    },
+    /// Problems of bare tokens, made up as they are needed, for models from nothing.
+    Synthetic {
+        /// Which.
+        task: Synthetic,
+    },
     /// Problems that are made up as they are needed, with answers that a program can check.
     Task {
         /// Which.
@@ -87,6 +136,10 @@ pub enum RawData {
 
 fn held_out() -> f64 {
     0.05
+}
+
+fn conversation() -> usize {
+    2048
 }
 
 /// Low-rank adapters.
@@ -116,6 +169,8 @@ pub struct RawLlama {
     pub kv_heads: usize,
     /// Width of the feed-forward part.
     pub ffn: usize,
+    /// Tokens: the 256 bytes, or more for data of token ids.
+    pub vocab: usize,
     /// Longest sequence, for the exported model.
     pub context: usize,
     /// Base of the rotary frequencies.
@@ -132,6 +187,7 @@ impl Default for RawLlama {
             heads: 4,
             kv_heads: 2,
             ffn: 384,
+            vocab: 256,
             context: 2048,
             rope_base: 10_000.0,
             init: None,
@@ -192,6 +248,36 @@ pub enum RawObjective {
         #[serde(default)]
         repeat_prompts: bool,
     },
+    /// Direct preference optimisation (arXiv 2305.18290): of two responses to a prompt the chosen one becomes likelier than the rejected.
+    Dpo {
+        /// How far from the reference a margin of 1 is.
+        #[serde(default = "dpo_beta")]
+        beta: f64,
+        /// Share of pairs whose preference is taken to be the wrong way round.
+        #[serde(default)]
+        label_smoothing: f64,
+        /// What log-probabilities are compared with.
+        #[serde(default)]
+        reference: RawReference,
+        /// Compute the prompt again for each response: the baseline.
+        #[serde(default)]
+        repeat_prompts: bool,
+    },
+}
+
+/// What a preference is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum RawReference {
+    /// The model as it is before the first step.
+    #[default]
+    Start,
+    /// Nothing: the policy's own log-probabilities alone.
+    None,
+}
+
+fn dpo_beta() -> f64 {
+    0.1
 }
 
 fn grpo() -> Variant {
@@ -217,6 +303,9 @@ pub struct RawSteps {
     /// Of those, at a time; all if not given. The gradient is the same.
     #[serde(default)]
     pub micro: Option<usize>,
+    /// What of a forward pass is computed again in backward rather than kept: less memory, more time, the same gradient.
+    #[serde(default)]
+    pub recompute: Recompute,
     /// Look at held-out data every so many steps; 0 = at the end only.
     #[serde(default)]
     pub eval_every: u64,
@@ -333,9 +422,13 @@ impl Recipe {
     fn resolve(&mut self, folder: &Path) {
         let from = |path: &mut PathBuf| *path = folder.join(&*path);
         match &mut self.data {
-            RawData::Text { files, .. } => files.iter_mut().for_each(from),
-            RawData::JsonLines { file, .. } => from(file),
-            RawData::Task { .. } => {}
+            RawData::Text { files, .. } | RawData::Tokens { files, .. } => files.iter_mut().for_each(from),
+            RawData::JsonLines { file, .. } | RawData::Preferences { file, .. } => from(file),
+            RawData::Chat { file, template, .. } => {
+                from(file);
+                template.iter_mut().for_each(from);
+            }
+            RawData::Task { .. } | RawData::Synthetic { .. } => {}
         }
         match &mut self.model {
             RawModel::Base { init, .. } | RawModel::Llama(RawLlama { init, .. }) => {
@@ -353,132 +446,5 @@ impl Recipe {
     /// When a value has no TOML form.
     pub fn to_toml(&self) -> Result<String, TrainError> {
         toml::to_string(self).map_err(|e| TrainError::Recipe(e.to_string()))
-    }
-
-    fn check(&self) -> Result<(), TrainError> {
-        fn ranged<T: PartialOrd + std::fmt::Display>(
-            key: &str,
-            value: T,
-            low: T,
-            high: T,
-        ) -> Result<(), TrainError> {
-            if value >= low && value <= high {
-                return Ok(());
-            }
-            Err(TrainError::Recipe(format!(
-                "`{key}` is {value}; it is from {low} to {high}"
-            )))
-        }
-        let name = &self.recipe;
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.chars().all(plain) {
-            return Err(TrainError::Recipe(format!(
-                "`recipe` is `{name}`; it names a folder: letters, digits, `-`, `_` and `.`"
-            )));
-        }
-        let tokenizer = match &self.data {
-            RawData::Text {
-                files,
-                seq,
-                val,
-                tokenizer,
-            } => {
-                if files.is_empty() {
-                    return Err(TrainError::Recipe("`data.files` names no file".into()));
-                }
-                ranged("data.seq", *seq, 2, 1 << 20)?;
-                ranged("data.val", *val, 0.0, 0.9)?;
-                tokenizer
-            }
-            RawData::JsonLines { val, tokenizer, .. } => {
-                ranged("data.val", *val, 0.0, 0.9)?;
-                tokenizer
-            }
-            RawData::Task { task, tokenizer } => {
-                task.check()
-                    .map_err(|e| TrainError::Recipe(format!("data.{e}")))?;
-                tokenizer
-            }
-        };
-        match &self.model {
-            RawModel::Llama(raw) => {
-                let sizes = [
-                    ("layers", raw.layers, 256),
-                    ("heads", raw.heads, 1024),
-                    ("kv_heads", raw.kv_heads, 1024),
-                    ("d", raw.d, 1 << 16),
-                    ("ffn", raw.ffn, 1 << 18),
-                    ("context", raw.context, 1 << 20),
-                ];
-                for (key, value, limit) in sizes {
-                    ranged(&format!("model.{key}"), value, 1, limit)?;
-                }
-                ranged("model.rope_base", raw.rope_base, 1.0, 1e12)?;
-                let dim = raw.d / raw.heads;
-                if raw.d % raw.heads != 0 || raw.heads % raw.kv_heads != 0 || dim % 16 != 0 {
-                    return Err(TrainError::Recipe(format!(
-                        "`model`: d {} over {} heads and {} key heads; head dimensions are multiples of 16, key heads divide heads",
-                        raw.d, raw.heads, raw.kv_heads
-                    )));
-                }
-            }
-            RawModel::Gpt(raw) => {
-                if raw.vocab != 256 {
-                    return Err(TrainError::Recipe(format!(
-                        "`model.vocab` is {}; tokens are bytes: 256",
-                        raw.vocab
-                    )));
-                }
-            }
-            RawModel::Base { lora, .. } => {
-                if let Some(lora) = lora {
-                    ranged("model.lora.rank", lora.rank, 1, 1024)?;
-                    ranged("model.lora.alpha", lora.alpha.unwrap_or(1.0), 1e-6, 1e6)?;
-                }
-            }
-        }
-        let small = !matches!(self.model, RawModel::Base { .. });
-        if small != (*tokenizer == RawTokenizer::Bytes) {
-            return Err(TrainError::Recipe(
-                "`data.tokenizer`: small models read \"bytes\", a base model reads what its own tokenizer (\"model\") makes".into(),
-            ));
-        }
-        if let RawObjective::Grpo {
-            group,
-            max_tokens,
-            temperature,
-            beta,
-            iterations,
-            ..
-        } = &self.objective
-        {
-            ranged("objective.group", *group, 1, 1024)?;
-            ranged("objective.max_tokens", *max_tokens, 1, 1 << 16)?;
-            ranged("objective.temperature", *temperature, 0.01, 10.0)?;
-            ranged("objective.beta", beta.unwrap_or(0.0), 0.0, 100.0)?;
-            ranged("objective.iterations", *iterations, 1, 64)?;
-            if !matches!(self.data, RawData::Task { .. }) {
-                return Err(TrainError::Recipe(
-                    "`objective.name` is \"grpo\": it needs rewards, so `data.source` is \"task\"".into(),
-                ));
-            }
-            if matches!(self.model, RawModel::Gpt(_)) {
-                return Err(TrainError::Recipe(
-                    "`objective.name` is \"grpo\": responses are drawn by the engine, which runs `model.kind` \"llama\" and \"base\"".into(),
-                ));
-            }
-        }
-        ranged("train.steps", self.train.steps, 1, 1 << 40)?;
-        ranged("train.batch", self.train.batch, 1, 1 << 16)?;
-        ranged(
-            "train.micro",
-            self.train.micro.unwrap_or(self.train.batch),
-            1,
-            self.train.batch,
-        )?;
-        ranged("train.eval_items", self.train.eval_items, 1, 1 << 20)?;
-        ranged("train.loss_bound", self.train.loss_bound, 1e-9, f64::MAX)?;
-        crate::optim::Schedule::new(self.schedule.clone(), self.train.steps)?;
-        Ok(())
     }
 }

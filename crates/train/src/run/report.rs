@@ -39,6 +39,7 @@ pub(super) fn write(run: &Path) -> Result<(), TrainError> {
     names.dedup();
     let mut charts = vec![("loss".to_string(), points(&lines, "step", None, "loss"))];
     charts.push(("reward".into(), points(&lines, "step", None, "reward")));
+    charts.push(("reward margin".into(), points(&lines, "step", None, "margin")));
     charts.push(("tokens a second".into(), points(&lines, "step", None, "tok_s")));
     for name in names {
         charts.push((

@@ -7,6 +7,8 @@ use super::*;
 use crate::error::TrainError;
 use crate::random::Stream;
 
+mod kinds;
+
 const TINY: &str = r#"
 recipe = "tiny"
 seed = 3
@@ -68,7 +70,20 @@ fn a_stopped_and_resumed_run_ends_with_the_same_bytes() {
         "train.steps=4",
         "train.batch=2",
     ];
-    for overrides in [vec![], vec!["train.micro=4"], policy.to_vec()] {
+    let files = tempfile::tempdir().unwrap();
+    let kinds = kinds::all(files.path());
+    let kinds = kinds
+        .iter()
+        .map(|kind| kind.iter().map(String::as_str).chain(["train.steps=4"]).collect());
+    for overrides in [
+        vec![],
+        vec!["train.micro=4"],
+        vec!["train.recompute='layers'"],
+        policy.to_vec(),
+    ]
+    .into_iter()
+    .chain(kinds)
+    {
         let recipe = recipe(&overrides).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let whole = run(&recipe, &dir.path().join("whole"), false, None).unwrap();
@@ -224,8 +239,7 @@ fn broken_checkpoints_are_refused() {
 /// Must-show f: a recipe with any one field broken gets a clear error, never a panic.
 #[test]
 fn recipes_with_one_broken_field_are_refused() {
-    let base: toml::Table = TINY.parse().unwrap();
-    let mut paths = Vec::new();
+    let files = tempfile::tempdir().unwrap();
     fn walk(table: &toml::Table, at: &str, paths: &mut Vec<String>) {
         for (key, value) in table {
             let path = if at.is_empty() {
@@ -239,20 +253,6 @@ fn recipes_with_one_broken_field_are_refused() {
             }
         }
     }
-    walk(&base, "", &mut paths);
-    paths.retain(|p| !p.starts_with("profile"));
-    paths.extend(
-        [
-            "optim.betas",
-            "optim.eps",
-            "optim.clip",
-            "optim.decay",
-            "train.micro",
-            "train.loss_bound",
-            "schedule.floor",
-        ]
-        .map(String::from),
-    );
     let bad = [
         "-1",
         "1e999",
@@ -271,9 +271,46 @@ fn recipes_with_one_broken_field_are_refused() {
         "\"../..\"",
         "0.5",
     ];
+    let (mut cases, mut refused) = (0, 0);
+    let kinds = kinds::all(files.path());
+    for kind in kinds.iter().map(Vec::as_slice).chain([[].as_slice()]) {
+        let kind: Vec<&str> = kind.iter().map(String::as_str).collect();
+        // With every default written out, so that every field is met.
+        let base = recipe(&kind).unwrap().to_toml().unwrap();
+        let mut paths = vec!["train.micro".to_string(), "model.init".to_string()];
+        walk(&base.parse().unwrap(), "", &mut paths);
+        assert!(paths.len() > 20, "{paths:?}");
+        let [more, no] = broken(&base, &paths, &bad);
+        cases += more;
+        refused += no;
+    }
+    for cut in 0..TINY.len() {
+        cases += 1;
+        if TINY.is_char_boundary(cut) && Recipe::parse(&TINY[..cut], None, &[]).is_err() {
+            refused += 1;
+        }
+    }
+    assert!(cases >= 2000 && refused > cases * 3 / 4, "{refused} of {cases}");
+    assert!(
+        recipe(&["train.stepz=5"])
+            .unwrap_err()
+            .to_string()
+            .contains("stepz")
+    );
+    assert!(
+        Recipe::parse(TINY, Some("long"), &[])
+            .unwrap_err()
+            .to_string()
+            .contains("short")
+    );
+    assert_eq!(Recipe::parse(TINY, Some("short"), &[]).unwrap().train.steps, 4);
+}
+
+/// Breaks each of the fields in each way; how many cases, and how many of them were refused as recipes.
+fn broken(base: &str, paths: &[String], bad: &[&str]) -> [usize; 2] {
     let stop = AtomicBool::new(true);
     let (mut cases, mut refused) = (0, 0);
-    for path in &paths {
+    for path in paths {
         let broken = bad.iter().map(|b| format!("{path}={b}")).chain([
             format!("{path}.deeper=1"),
             format!("{path}x=1"),
@@ -281,7 +318,7 @@ fn recipes_with_one_broken_field_are_refused() {
         ]);
         for assignment in broken {
             cases += 1;
-            match recipe(&[&assignment]) {
+            match Recipe::parse(base, None, std::slice::from_ref(&assignment)) {
                 Err(error) => {
                     refused += 1;
                     assert!(!error.to_string().is_empty(), "{assignment}");
@@ -289,7 +326,11 @@ fn recipes_with_one_broken_field_are_refused() {
                 // What parses is a run: it starts, or says why not. (The flag ends it before its first step.)
                 Ok(recipe) => {
                     let dir = tempfile::tempdir().unwrap();
-                    let small = matches!(&recipe.model, RawModel::Llama(m) if m.d <= 64 && m.ffn <= 64 && m.layers <= 4);
+                    let small = match &recipe.model {
+                        RawModel::Llama(m) => m.d <= 64 && m.ffn <= 64 && m.layers <= 4,
+                        RawModel::Gpt(m) => m.d <= 64 && m.ffn <= 64 && m.layers <= 4,
+                        RawModel::Base { .. } => true,
+                    };
                     if small {
                         let done = train(
                             &recipe,
@@ -309,26 +350,7 @@ fn recipes_with_one_broken_field_are_refused() {
             }
         }
     }
-    for cut in 0..TINY.len() {
-        cases += 1;
-        if TINY.is_char_boundary(cut) && Recipe::parse(&TINY[..cut], None, &[]).is_err() {
-            refused += 1;
-        }
-    }
-    assert!(cases >= 500 && refused > cases * 3 / 4, "{refused} of {cases}");
-    assert!(
-        recipe(&["train.stepz=5"])
-            .unwrap_err()
-            .to_string()
-            .contains("stepz")
-    );
-    assert!(
-        Recipe::parse(TINY, Some("long"), &[])
-            .unwrap_err()
-            .to_string()
-            .contains("short")
-    );
-    assert_eq!(Recipe::parse(TINY, Some("short"), &[]).unwrap().train.steps, 4);
+    [cases, refused]
 }
 
 #[test]

@@ -1,0 +1,107 @@
+//! Looks at held-out data while a run goes.
+
+use serde_json::json;
+
+use super::data::{Items, Part, problems, prompt_tokens};
+use super::driver::Run;
+use super::steps::preference;
+use crate::error::TrainError;
+use crate::ops;
+use crate::prefix_grouper::{LanguageModel, PreferenceReport, Sampling, Task, Verifiable, preference_report};
+
+/// Names and values.
+type Figures = Vec<(String, f64)>;
+
+impl Run<'_> {
+    /// Held-out figures, which are written down: mean reward of one response each for policies, loss and margin for preferences, and
+    /// cross-entropy and accuracy for all else.
+    pub(super) fn look(&mut self, step: u64) -> Result<Figures, TrainError> {
+        let figures = match (
+            self.data.task().cloned(),
+            self.sampling(),
+            preference(self.recipe),
+        ) {
+            (Some(task), Some(sampling), _) => self.rewards(&task, sampling)?,
+            (_, _, Some(_)) => self.preferences()?,
+            _ => self.predictions()?,
+        };
+        let n = self.recipe.train.eval_items;
+        for (name, value) in &figures {
+            self.metrics.line(&json!({
+                "t": "eval", "seed": self.recipe.seed, "step": step, "name": name, "value": value, "n": n,
+            }))?;
+        }
+        Ok(figures)
+    }
+
+    fn held_out(&self) -> Items {
+        let n = self.recipe.train.eval_items;
+        self.data
+            .items(self.recipe.seed, Part::HeldOut, 0, n, &self.tokens)
+    }
+
+    fn rewards(&self, task: &Task, sampling: Sampling) -> Result<Figures, TrainError> {
+        let n = self.recipe.train.eval_items;
+        let problems = problems(task, self.recipe.seed, Part::HeldOut, 0, n);
+        let prompts: Vec<Vec<u32>> = problems
+            .iter()
+            .map(|p| prompt_tokens(&self.tokens, &p.prompt))
+            .collect();
+        // The same random numbers at every look.
+        let drawn = self.draw(&prompts, Sampling { group: 1, ..sampling }, u64::MAX)?;
+        let sum: f64 = problems
+            .iter()
+            .zip(&drawn)
+            .map(|(p, g)| task.reward(p, &self.answer(&g[0])))
+            .sum();
+        Ok(vec![("reward".to_string(), sum / n as f64)])
+    }
+
+    fn preferences(&self) -> Result<Figures, TrainError> {
+        let (Some(preference), Items::Prompted(pairs)) = (preference(self.recipe), self.held_out()) else {
+            return Ok(Vec::new());
+        };
+        let mut report = PreferenceReport::default();
+        for part in pairs.chunks(self.micro()) {
+            report += preference_report(&self.model, self.reference(), part, preference, pairs.len())?;
+        }
+        let figures = [
+            ("preference loss", report.loss),
+            ("reward margin", report.margin),
+            ("preference accuracy", report.accuracy),
+        ];
+        Ok(match pairs.is_empty() {
+            true => Vec::new(),
+            false => figures.map(|(name, value)| (name.to_string(), value)).into(),
+        })
+    }
+
+    /// Cross-entropy, share of scored tokens that are the likeliest, and share of answers of which every token is.
+    fn predictions(&self) -> Result<Figures, TrainError> {
+        let (mut sum, mut count, mut right) = (0.0, 0.0, 0.0);
+        let (mut answers, mut whole) = (0.0, 0.0);
+        for part in self.held_out().split(self.micro()) {
+            let scored = part.pack()?;
+            let hidden = self.model.hidden(&scored.batch)?.detach();
+            let hidden = ops::embed(&hidden, &scored.rows, 1.0)?;
+            let judged = ops::judge(&hidden, self.model.output(), &scored.targets)?;
+            let rows = scored.owners.iter().zip(&judged).collect::<Vec<_>>();
+            for answer in rows.chunk_by(|a, b| a.0 == b.0) {
+                answers += 1.0;
+                whole += f64::from(u8::from(answer.iter().all(|(_, j)| j.right)));
+            }
+            sum -= judged.iter().map(|j| j.log_prob).sum::<f64>();
+            right += judged.iter().map(|j| f64::from(u8::from(j.right))).sum::<f64>();
+            count += judged.len() as f64;
+        }
+        let mut figures = Vec::new();
+        if count > 0.0 {
+            figures.push(("cross-entropy".to_string(), sum / count));
+            figures.push(("accuracy".to_string(), right / count));
+            if self.data.has_answers() {
+                figures.push(("answers".to_string(), whole / answers));
+            }
+        }
+        Ok(figures)
+    }
+}
