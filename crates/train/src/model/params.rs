@@ -56,6 +56,7 @@ impl Params {
     /// When the name is taken.
     pub fn trained(&mut self, name: &str, value: Tensor) -> Result<Tensor, TrainError> {
         let var = Var::from_tensor(&value)?;
+        self.aside.know(&var);
         self.add(name, var.as_tensor().clone(), Some(var))
     }
 

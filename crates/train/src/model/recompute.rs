@@ -26,34 +26,40 @@ pub enum Recompute {
 
 /// Gradients of variables inside recomputed parts, from a backward pass until they are fetched.
 #[derive(Debug, Clone, Default)]
-pub struct Aside(Arc<Mutex<HashMap<TensorId, Tensor>>>);
+pub struct Aside(Arc<Mutex<Gradients>>);
+
+/// By variable; `None` until there is one.
+type Gradients = HashMap<TensorId, Option<Tensor>>;
 
 impl Aside {
-    fn with<R>(&self, f: impl FnOnce(&mut HashMap<TensorId, Tensor>) -> R) -> R {
+    fn with<R>(&self, f: impl FnOnce(&mut Gradients) -> R) -> R {
         // A map that a panic left behind is whole: its values are replaced one at a time.
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Forgets what a backward pass that failed has left.
+    /// A variable whose gradients are kept. The tape also has gradients of tensors that are none.
+    pub(super) fn know(&self, var: &Var) {
+        self.with(|all| all.insert(var.id(), None));
+    }
+
+    /// Forgets what a backward pass that nobody asked about has left.
     pub(crate) fn clear(&self) {
-        self.with(HashMap::clear);
+        self.with(|all| all.values_mut().for_each(|grad| *grad = None));
     }
 
     /// The gradient of a variable, once.
     pub(crate) fn take(&self, var: &Var) -> Option<Tensor> {
-        self.with(|all| all.remove(&var.id()))
+        self.with(|all| all.get_mut(&var.id()).and_then(Option::take))
     }
 
-    /// Adds all but the gradient of `own`.
-    fn add(&self, store: &GradStore, own: &Var) -> Result<()> {
+    fn add(&self, store: &GradStore) -> Result<()> {
         self.with(|all| {
-            for id in store.get_ids().filter(|id| **id != own.id()) {
+            for (id, sum) in all {
                 let Some(grad) = store.get_id(*id) else { continue };
-                let sum = match all.get(id) {
+                *sum = Some(match sum.take() {
                     Some(before) => (before + grad)?,
                     None => grad.clone(),
-                };
-                all.insert(*id, sum);
+                });
             }
             Ok(())
         })
@@ -94,7 +100,7 @@ impl CustomOp1 for Node {
         let y = (self.part)(&x).map_err(failed)?;
         // Its gradient is `1 * grad`.
         let mut store = (y * grad)?.sum_all()?.backward()?;
-        self.aside.add(&store, &x)?;
+        self.aside.add(&store)?;
         Ok(store.remove(&x))
     }
 }

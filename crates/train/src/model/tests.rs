@@ -18,6 +18,8 @@ use super::*;
 use crate::ops::{self, Packing, RowLoss};
 use crate::optim::Grads;
 
+mod composed;
+
 const ARCHS: [Arch; 4] = [Arch::Llama, Arch::Qwen2, Arch::Qwen3, Arch::Gemma3];
 
 fn files(arch: Arch) -> ModelFiles {

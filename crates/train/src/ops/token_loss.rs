@@ -76,7 +76,9 @@ pub fn log_probs(h: &Tensor, weight: &Tensor, targets: &Arc<Vec<u32>>, temperatu
 pub struct Judged {
     /// `log softmax(h W^T)[target]`
     pub log_prob: f64,
-    /// The target has the largest logit; of equal ones the first counts.
+    /// The token with the largest logit; of equal ones the first.
+    pub likeliest: u32,
+    /// That is the target.
     pub right: bool,
 }
 
@@ -106,6 +108,7 @@ pub fn judge(h: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Vec<Judged>
                 );
                 Judged {
                     log_prob: f64::from(logits[target] - grad::log_sum_exp(logits)),
+                    likeliest: best as u32,
                     right: best == target,
                 }
             })

@@ -16,7 +16,7 @@ impl Run<'_> {
     /// Held-out figures, which are written down: mean reward of one response each for policies, loss and margin for preferences, and
     /// cross-entropy and accuracy for all else.
     pub(super) fn look(&mut self, step: u64) -> Result<Figures, TrainError> {
-        let figures = match (
+        let mut figures = match (
             self.data.task().cloned(),
             self.sampling(),
             preference(self.recipe),
@@ -26,7 +26,13 @@ impl Run<'_> {
             _ => self.predictions()?,
         };
         let n = self.recipe.train.eval_items;
-        for (name, value) in &figures {
+        let served = &self.recipe.train.served;
+        let mut lines: Vec<usize> = figures.iter().map(|_| n).collect();
+        if served.items > 0 {
+            figures.extend(self.served(self.held_out(served.items), served.format)?);
+            lines.resize(figures.len(), served.items);
+        }
+        for ((name, value), n) in figures.iter().zip(lines) {
             self.metrics.line(&json!({
                 "t": "eval", "seed": self.recipe.seed, "step": step, "name": name, "value": value, "n": n,
             }))?;
@@ -34,8 +40,7 @@ impl Run<'_> {
         Ok(figures)
     }
 
-    fn held_out(&self) -> Items {
-        let n = self.recipe.train.eval_items;
+    fn held_out(&self, n: usize) -> Items {
         self.data
             .items(self.recipe.seed, Part::HeldOut, 0, n, &self.tokens)
     }
@@ -58,7 +63,10 @@ impl Run<'_> {
     }
 
     fn preferences(&self) -> Result<Figures, TrainError> {
-        let (Some(preference), Items::Prompted(pairs)) = (preference(self.recipe), self.held_out()) else {
+        let (Some(preference), Items::Prompted(pairs)) = (
+            preference(self.recipe),
+            self.held_out(self.recipe.train.eval_items),
+        ) else {
             return Ok(Vec::new());
         };
         let mut report = PreferenceReport::default();
@@ -80,7 +88,7 @@ impl Run<'_> {
     fn predictions(&self) -> Result<Figures, TrainError> {
         let (mut sum, mut count, mut right) = (0.0, 0.0, 0.0);
         let (mut answers, mut whole) = (0.0, 0.0);
-        for part in self.held_out().split(self.micro()) {
+        for part in self.held_out(self.recipe.train.eval_items).split(self.micro()) {
             let scored = part.pack()?;
             let hidden = self.model.hidden(&scored.batch)?.detach();
             let hidden = ops::embed(&hidden, &scored.rows, 1.0)?;

@@ -8,6 +8,7 @@ mod metrics;
 mod model;
 mod recipe;
 mod report;
+mod served;
 mod steps;
 
 #[cfg(test)]
@@ -18,5 +19,6 @@ pub use self::data::{RawIds, Synthetic};
 pub use self::driver::{Finish, Progress, Watch, train};
 pub use self::model::{Tokens, export, export_gguf};
 pub use self::recipe::{
-    RawData, RawLora, RawModel, RawObjective, RawReference, RawSteps, RawTokenizer, Recipe,
+    RawData, RawFormat, RawLora, RawModel, RawObjective, RawReference, RawServed, RawSteps, RawTokenizer,
+    Recipe,
 };

@@ -4,6 +4,7 @@ mod check;
 
 use std::path::{Path, PathBuf};
 
+use antefix_kernels::quant::Format;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -312,12 +313,52 @@ pub struct RawSteps {
     /// Held-out sequences or problems looked at.
     #[serde(default = "eval_items")]
     pub eval_items: usize,
+    /// What of held-out data goes through the engine too.
+    #[serde(default)]
+    pub served: RawServed,
     /// Save every so many steps; 0 = at the end only.
     #[serde(default)]
     pub save_every: u64,
     /// A loss above this ends the run as diverged.
     #[serde(default = "bound")]
     pub loss_bound: f64,
+}
+
+/// Held-out data through the engine, at every look.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawServed {
+    /// Sequences; 0 = none.
+    pub items: usize,
+    /// As what matrices are written before the engine reads them.
+    pub format: RawFormat,
+}
+
+/// Formats of weights that exports write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum RawFormat {
+    /// As they are.
+    #[default]
+    F32,
+    /// Half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+    /// Blocks of 32 in 8 bits.
+    #[serde(rename = "q8_0")]
+    Q8,
+}
+
+impl RawFormat {
+    pub(super) fn format(self) -> Format {
+        match self {
+            Self::F32 => Format::F32,
+            Self::F16 => Format::F16,
+            Self::Bf16 => Format::BF16,
+            Self::Q8 => Format::Q8_0,
+        }
+    }
 }
 
 fn eval_items() -> usize {

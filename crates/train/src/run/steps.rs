@@ -11,7 +11,8 @@ use antefix_models::files::ModelFiles;
 use super::data::{Items, Part, problems, prompt_tokens};
 use super::driver::{Figures, Run, Step};
 use super::model::Trained;
-use super::recipe::{RawObjective, Recipe};
+use super::recipe::{RawFormat, RawObjective, Recipe};
+use super::served::rounded;
 use crate::error::TrainError;
 use crate::ops::{self, RowLoss};
 use crate::optim::Grads;
@@ -177,14 +178,20 @@ impl Run<'_> {
         }
     }
 
-    /// The current weights as the engine runs them.
-    pub(super) fn engine(&self) -> Result<Model, TrainError> {
+    /// The current weights as the engine runs them, as if written in `format`.
+    pub(super) fn engine(&self, format: RawFormat) -> Result<Model, TrainError> {
         let Trained::Decoder(decoder) = &self.model else {
             return Err(TrainError::Unsupported(
                 "the engine does not run GPT-like models".into(),
             ));
         };
-        let files = ModelFiles::in_memory(decoder.spec().clone(), decoder.tensors()?)?;
+        let spec = decoder.spec();
+        let tensors = decoder
+            .tensors()?
+            .into_iter()
+            .map(|(role, values)| Ok((role, rounded(role, values, spec, format)?)))
+            .collect::<Result<_, TrainError>>()?;
+        let files = ModelFiles::in_memory(spec.clone(), tensors)?;
         let team = Arc::new(Team::new(rayon::current_num_threads()));
         Ok(Model::load(files, Cpu::best(), team, Precision::F32)?)
     }
@@ -196,7 +203,7 @@ impl Run<'_> {
         sampling: Sampling,
         name: u64,
     ) -> Result<Vec<Vec<Response>>, TrainError> {
-        let engine = self.engine()?;
+        let engine = self.engine(RawFormat::F32)?;
         rollout(&engine, prompts, sampling, self.recipe.seed, name)
             .map_err(|e| TrainError::Unsupported(format!("responses cannot be drawn: {e}")))
     }

@@ -33,6 +33,10 @@ impl Recipe {
         ranged("train.batch", steps.batch, 1, 1 << 16)?;
         ranged("train.micro", steps.micro.unwrap_or(steps.batch), 1, steps.batch)?;
         ranged("train.eval_items", steps.eval_items, 1, 1 << 20)?;
+        ranged("train.served.items", steps.served.items, 0, 1 << 20)?;
+        if steps.served.items > 0 && matches!(self.model, RawModel::Gpt(_)) {
+            return bad("`train.served.items`: the engine does not run `model.kind` \"gpt\"");
+        }
         ranged("train.loss_bound", steps.loss_bound, 1e-9, f64::MAX)?;
         crate::optim::Schedule::new(self.schedule.clone(), steps.steps)?;
         Ok(())

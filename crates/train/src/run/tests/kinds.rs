@@ -60,6 +60,7 @@ pub(super) fn all(dir: &Path) -> Vec<Vec<String>> {
         own("data={source='synthetic', task={name='copy', vocab=16, length=4}}".into()),
         own("data={source='synthetic', task={name='induction', vocab=16, length=9}}".into()),
         own("data={source='task', task={name='passkey', digits=2, filler=1}}".into()),
+        own("train.served={items=3, format='q8_0'}".to_string()),
         vec![
             "data={source='task', task={name='passkey', digits=2, filler=1}}".into(),
             "objective={name='grpo', group=2, max_tokens=3}".into(),
@@ -251,4 +252,43 @@ fn a_base_model_renders_chats_with_its_own_template() {
             .unwrap()
             .complete
     );
+}
+
+/// What the engine says of held-out data is what the trainer says: nearly so with its own weights, less so with rounded ones.
+#[test]
+fn a_look_through_the_engine_sees_what_the_trainer_sees() {
+    let dir = tempfile::tempdir().unwrap();
+    let text: String = (0..1500).map(|i| format!("{} ", i * i % 97)).collect();
+    let file = dir.path().join("text.txt");
+    std::fs::write(&file, text).unwrap();
+    let data = format!(
+        "data={{source='text', files=['{}'], seq=40, val=0.1}}",
+        file.display()
+    );
+    let looked = |served: &str| {
+        let overrides = [
+            data.as_str(),
+            served,
+            "train.steps=30",
+            "train.eval_every=10",
+            "train.eval_items=6",
+        ];
+        let out = dir.path().join(served);
+        let finish = run(&recipe(&overrides).unwrap(), &out, false, None).unwrap();
+        let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        assert_eq!(lines.matches("served agreement").count(), 3);
+        let names = ["cross-entropy", "served perplexity", "served agreement"];
+        names.map(|name| held_out(&finish, name))
+    };
+    let [nats, served, agreement] = looked("train.served={items=6}");
+    assert!((served.ln() - nats).abs() < 0.01, "{served} and e^{nats}");
+    assert!(agreement > 0.97, "{agreement}");
+    let [nats, rounded, agreement] = looked("train.served={items=6, format='q8_0'}");
+    assert!((rounded.ln() - nats).abs() < 0.05 && agreement > 0.9);
+    assert!((rounded - served).abs() > 1e-9, "rounding is seen");
+    let gpt = [
+        "model={kind='gpt', layers=1, d=32, heads=2, kv_heads=2, ffn=48}",
+        "train.served={items=6}",
+    ];
+    assert!(recipe(&gpt).unwrap_err().to_string().contains("train.served"));
 }
