@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use antefix_kernels::memory::keep_big_blocks;
 use antefix_papers::attention_sae::Stored;
 use antefix_train::harvest::{HarvestError, Texts};
 use anyhow::anyhow;
@@ -37,6 +38,8 @@ enum What {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    // Steps ask for the same blocks again and again.
+    keep_big_blocks();
     match &args.what {
         What::Harvest(args) => harvest::run(args),
         What::Train(args) => train::run(args),
