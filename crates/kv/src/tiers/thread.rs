@@ -37,7 +37,9 @@ struct Fetch {
     inbox: Sender<Fetched>,
 }
 
-type Ask = Box<dyn FnOnce(&mut [Box<dyn Tier>]) + Send>;
+type Ask = Box<dyn FnOnce(&mut [Box<dyn Tier>]) -> Tell + Send>;
+/// Sends the answer to whoever asked.
+type Tell = Box<dyn FnOnce()>;
 
 #[derive(Default)]
 struct Queue {
@@ -193,7 +195,10 @@ impl Tiers {
         let mut queue = self.shared.queue();
         if !queue.dead {
             queue.asks.push_back(Box::new(move |tiers| {
-                let _ = reply.send(look(tiers)); // nobody waits any more
+                let answer = look(tiers);
+                Box::new(move || {
+                    let _ = reply.send(answer); // nobody waits any more
+                })
             }));
         }
         drop(queue);
@@ -267,8 +272,10 @@ fn run(shared: &Shared, open: impl FnOnce() -> Vec<Box<dyn Tier>>) {
     loop {
         match next_task(shared, unflushed) {
             Task::Ask(ask) => {
-                ask(&mut tiers);
+                let tell = ask(&mut tiers);
+                // Whoever has the answer finds the figures that belong to it.
                 shared.publish(&tiers);
+                tell();
             }
             Task::Read(fetch) => read(shared, &mut tiers, fetch, &mut payload),
             Task::Write(block, payload) => {
