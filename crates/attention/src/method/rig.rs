@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::Read;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use twox_hash::XxHash3_64;
@@ -127,8 +127,17 @@ impl Profiles {
 
     /// The folder that is the profile `name` of this kind: a folder of that path if there is one, or `NAME/` in the folders.
     pub fn folder(&self, kind: &str, name: &str) -> Option<PathBuf> {
-        let places = self.folders.iter().map(|f| f.join(kind).join(name));
+        let places = self.places(kind, name).map(|folder| folder.join(name));
         self.own(name).into_iter().chain(places).find(|p| p.is_dir())
+    }
+
+    /// Folders of this kind, for what is a plain name: a path could lead out of them.
+    fn places(&self, kind: &str, name: &str) -> impl Iterator<Item = PathBuf> {
+        let plain = Path::new(name).file_name() == Some(name.as_ref());
+        self.folders
+            .iter()
+            .filter(move |_| plain)
+            .map(move |f| f.join(kind))
     }
 
     /// `name` as a path, where that is allowed.
@@ -138,9 +147,8 @@ impl Profiles {
 
     fn find(&self, kind: &str, name: &str, ending: &str) -> Result<PathBuf, String> {
         let places = self
-            .folders
-            .iter()
-            .map(|f| f.join(kind).join(format!("{name}.{ending}")));
+            .places(kind, name)
+            .map(|folder| folder.join(format!("{name}.{ending}")));
         let found = self.own(name).into_iter().chain(places).find(|p| p.is_file());
         found.ok_or_else(|| {
             let looked: Vec<String> = self

@@ -203,6 +203,29 @@ fn files_are_named_by_whoever_started_the_process_only() {
 }
 
 #[test]
+fn a_name_is_a_path_only_where_that_is_allowed() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("heads")).unwrap();
+    std::fs::write(folder.path().join("heads/a.json"), "there").unwrap();
+    std::fs::write(folder.path().join("own"), "mine").unwrap();
+    let own = folder.path().join("own").display().to_string();
+    let profiles = Profiles::named_in(vec![folder.path().to_owned()]);
+    assert_eq!(profiles.read("heads", "a").unwrap(), "there");
+    assert!(profiles.read("heads", &own).unwrap_err().contains("is not in"));
+    assert_eq!(
+        profiles.folder("heads", &folder.path().display().to_string()),
+        None
+    );
+    let local = profiles.or_paths();
+    assert_eq!(local.read("heads", &own).unwrap(), "mine");
+    assert!(
+        local
+            .folder("heads", &folder.path().display().to_string())
+            .is_some()
+    );
+}
+
+#[test]
 fn a_program_carries_what_was_installed() {
     let program = program(&["stretch", "repeat"]).unwrap();
     assert_eq!(program.tag(), "repeat + stretch,factor=2");

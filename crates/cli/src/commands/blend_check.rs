@@ -79,7 +79,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         let mut raw = RawMethods::default();
         raw.add(ALL, text).map_err(Failure::input)?;
         let chosen = raw.resolve(ALL, Trust::Local).map_err(Failure::input)?;
-        let program = Rig::assemble(&model.facts(), &Profiles::default(), &chosen).map_err(Failure::input)?;
+        let program = Rig::assemble(&model.facts(), &Profiles::default().or_paths(), &chosen)
+            .map_err(Failure::input)?;
         let how: Arc<dyn ChunkUse> = program
             .chunk_use()
             .cloned()

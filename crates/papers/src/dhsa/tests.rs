@@ -337,7 +337,7 @@ fn with_file(bytes: &[u8]) -> Result<antefix_attention::method::Program, RigErro
     // The same name each time: what differs is in the file.
     Rig::assemble(
         &Facts::example(),
-        &Profiles::default(),
+        &Profiles::default().or_paths(),
         &[Chosen { method: &Dhsa, knobs }],
     )
 }
