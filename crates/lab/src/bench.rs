@@ -9,7 +9,7 @@ use antefix_models::decoder::Model;
 use antefix_models::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
-use crate::{median, peak_rss};
+use crate::{median, resident_mb};
 
 /// Rows of a prompt chunk.
 const CHUNK: usize = 512;
@@ -85,7 +85,7 @@ pub fn tokens(model: &Model, n: usize, seed: u64) -> Vec<u32> {
 }
 
 fn rss_mb() -> f64 {
-    peak_rss().unwrap_or(0) as f64 / f64::from(1 << 20)
+    resident_mb()[1].unwrap_or(0.0)
 }
 
 fn check(model: &Model, what: &str, need: usize) -> Result<(), BenchError> {

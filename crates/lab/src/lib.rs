@@ -27,12 +27,14 @@ mod testing;
 pub mod together;
 pub mod tune;
 
-/// Peak resident memory of this process in bytes, where the system tells.
-pub fn peak_rss() -> Option<usize> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
-    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib * 1024)
+/// Resident memory of this process now and at its peak, MiB, where the system tells.
+pub fn resident_mb() -> [Option<f64>; 2] {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    ["VmRSS:", "VmHWM:"].map(|key| {
+        let line = status.lines().find(|l| l.starts_with(key))?;
+        let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
+        Some(kib / 1024.0)
+    })
 }
 
 /// Median of the values; 0 for none.

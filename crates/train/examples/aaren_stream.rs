@@ -6,76 +6,12 @@
 //! attention kernel. `forward` is the layers alone, `feed` is everything from the JSON line to the prediction. One JSON object a line.
 #![allow(clippy::print_stdout, reason = "that is what it is for")]
 
-use std::time::Instant;
-
-use antefix_papers::aaren::{Config, LayerState, Mixer, Model, Norm, Scratch, Session, Task};
-use antefix_train::aaren::Net;
-use candle_core::DType;
+use antefix_lab::median;
+use antefix_papers::aaren::{LayerState, Mixer, Scratch, Session};
+use antefix_train::repro::aaren::stream::{feed, layers, model, r_squared};
 use serde_json::json;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
-
-fn model(mixer: Mixer) -> Fallible<Model> {
-    let config = Config {
-        mixer,
-        width: 64,
-        heads: 4,
-        layers: 2,
-        ffn: 128,
-        norm: Norm::Pre,
-        decay: 0.0,
-        task: Task::Events {
-            marks: 0,
-            components: 16,
-            log_mean: 0.0,
-            log_std: 1.0,
-        },
-    };
-    Ok(Model::read(&Net::new(&config, 1, DType::F32)?.export()?)?)
-}
-
-fn median(times: &[f64]) -> f64 {
-    let mut sorted = times.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
-/// Share of the variance of cumulative time that a straight line in the number of events explains.
-fn r_squared(times: &[f64]) -> f64 {
-    let sums: Vec<f64> = times
-        .iter()
-        .scan(0.0, |sum, t| {
-            *sum += t;
-            Some(*sum)
-        })
-        .collect();
-    let n = sums.len() as f64;
-    let (mx, my) = ((n - 1.0) / 2.0, sums.iter().sum::<f64>() / n);
-    let (mut xx, mut xy, mut yy) = (0.0, 0.0, 0.0);
-    for (i, y) in sums.iter().enumerate() {
-        let (dx, dy) = (i as f64 - mx, y - my);
-        xx += dx * dx;
-        xy += dx * dy;
-        yy += dy * dy;
-    }
-    xy * xy / (xx * yy)
-}
-
-/// Seconds of each step of the layers alone, from the start.
-fn forward(model: &Model, steps: usize) -> Vec<f64> {
-    let (mut state, mut scratch) = (model.start(), Scratch::default());
-    let d = model.config().width;
-    let mut rng = fastrand::Rng::with_seed(5);
-    let mut x = vec![0.0; d];
-    (0..steps)
-        .map(|_| {
-            x.iter_mut().for_each(|x| *x = rng.f32() - 0.5);
-            let start = Instant::now();
-            model.forward(&mut x, &mut state, &mut scratch);
-            start.elapsed().as_secs_f64()
-        })
-        .collect()
-}
 
 fn main() -> Fallible<()> {
     let (mut events, mut depth) = (100_000usize, 16_384usize);
@@ -93,21 +29,16 @@ fn main() -> Fallible<()> {
         return Err("at least 10000 events, and a depth of 5000 to that".into());
     }
     let [aaren, twin] = [model(Mixer::Aaren)?, model(Mixer::Attention)?];
-    forward(&aaren, 2_000);
+    layers(&aaren, 2_000);
 
     // Everything, from the line to the prediction.
     let mut session = Session::new(&aaren);
-    let mut rng = fastrand::Rng::with_seed(6);
-    let (mut times, mut bytes) = (Vec::with_capacity(events), Vec::new());
-    for i in 0..events {
-        let line = json!({"dt": 0.01 - (1.0 - rng.f64()).ln()}).to_string();
-        let start = Instant::now();
-        session.feed(&line)?;
-        times.push(start.elapsed().as_secs_f64());
-        if [1, 10, 1_000, events].contains(&(i + 1)) {
-            bytes.push(json!({"events": i + 1, "bytes": session.state().bytes(), "layer": session.state().layer_bytes().max()}));
+    let mut bytes = Vec::new();
+    let times = feed(&mut session, events, |i, session| {
+        if [1, 10, 1_000, events].contains(&i) {
+            bytes.push(json!({"events": i, "bytes": session.state().bytes(), "layer": session.state().layer_bytes().max()}));
         }
-    }
+    })?;
     println!(
         "{}",
         json!({
@@ -116,7 +47,7 @@ fn main() -> Fallible<()> {
             "saved_bytes": session.save()?.len(),
         })
     );
-    let ours = forward(&aaren, events);
+    let ours = layers(&aaren, events);
     println!(
         "{}",
         json!({
@@ -124,7 +55,7 @@ fn main() -> Fallible<()> {
             "us_near_100": 1e6 * median(&ours[100..100 + NEAR]), "us_at_end": 1e6 * median(&ours[events - NEAR..]),
         })
     );
-    let theirs = forward(&twin, depth);
+    let theirs = layers(&twin, depth);
     let (a, b) = (
         median(&ours[depth - NEAR..depth]),
         median(&theirs[depth - NEAR..]),

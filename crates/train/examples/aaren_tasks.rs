@@ -9,21 +9,15 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use antefix_papers::aaren::{Config, Mixer, Norm};
-use antefix_train::aaren::data::{Hawkes, Points, Quality, SinProcess, TsFile, multi_sine};
-use antefix_train::aaren::tasks::{Classify, Control, Events, Forecast};
-use antefix_train::aaren::{Plan, Problem, train};
+use antefix_papers::aaren::Mixer;
+use antefix_papers::repro::Scale;
+use antefix_train::aaren::data::{Quality, TsFile};
+use antefix_train::aaren::tasks::Classify;
+use antefix_train::aaren::{Plan, train};
+use antefix_train::repro::aaren::arms::{Arm, control, events, forecast};
 use serde_json::json;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
-
-struct Arm {
-    name: String,
-    problem: Box<dyn Problem>,
-    /// Width, heads, layers, feed-forward.
-    size: [usize; 4],
-    plan: Plan,
-}
 
 fn vowels(folder: &Path) -> Fallible<Classify> {
     let file = |part: &str| -> Fallible<TsFile> {
@@ -34,72 +28,29 @@ fn vowels(folder: &Path) -> Fallible<Classify> {
     Ok(Classify::new(file("TRAIN")?, file("TEST")?)?)
 }
 
-fn sequences(
-    n: [usize; 3],
-    length: usize,
-    seed: u64,
-    mut one: impl FnMut(usize, &mut fastrand::Rng) -> Points,
-) -> [Vec<Points>; 3] {
-    let mut rng = fastrand::Rng::with_seed(seed);
-    n.map(|n| (0..n).map(|_| one(length, &mut rng)).collect())
-}
-
 fn arms(data: Option<&Path>, fast: bool) -> Fallible<Vec<Arm>> {
-    let pick = |fast_n: usize, full: usize| if fast { fast_n } else { full };
-    let plan = |epochs: usize, batch: usize, lr: f64, decay: f64, patience: usize| Plan {
-        epochs,
-        batch,
-        lr,
-        decay,
-        patience,
-        seed: 0,
-    };
+    let scale = if fast { Scale::Fast } else { Scale::Full };
     let mut arms = Vec::new();
     if let Some(data) = data {
         arms.push(Arm {
             name: "japanese_vowels".into(),
             problem: Box::new(vowels(data)?),
             size: [64, 8, 2, 128],
-            plan: plan(pick(5, 60), 16, 1e-3, 1e-2, 15),
+            plan: Plan {
+                epochs: scale.pick(5, 60),
+                batch: 16,
+                lr: 1e-3,
+                decay: 1e-2,
+                patience: 15,
+                seed: 0,
+            },
+            figure: ("accuracy", true),
         });
     }
-    let split = [pick(64, 512), pick(32, 128), pick(32, 256)];
-    let sin = SinProcess {
-        base: 1.0,
-        swing: 0.9,
-        period: 10.0,
-    };
-    let hawkes = Hawkes {
-        base: 0.3,
-        jump: 0.8,
-        fade: 1.2,
-    };
-    for (name, [train, validation, test]) in [
-        ("sin", sequences(split, 64, 11, |n, rng| sin.sample(n, rng))),
-        ("hawkes", sequences(split, 64, 12, |n, rng| hawkes.sample(n, rng))),
-    ] {
-        arms.push(Arm {
-            name: name.into(),
-            problem: Box::new(Events::new(train, validation, test, 16)?),
-            size: [64, 4, 2, 128],
-            plan: plan(pick(3, 40), 32, 1e-3, 1e-2, 10),
-        });
-    }
-    let series = multi_sine(4000, &[24.0, 37.0, 168.0], 0.3, &mut fastrand::Rng::with_seed(13));
-    arms.push(Arm {
-        name: "multi_sine".into(),
-        problem: Box::new(Forecast::new(&series, 96, 24)?),
-        size: [64, 8, 2, 128],
-        plan: plan(pick(1, 8), 32, 1e-3, 1e-2, 4),
-    });
+    arms.extend(events(scale)?);
+    arms.push(forecast(scale)?);
     for quality in Quality::ALL {
-        let mut rng = fastrand::Rng::with_seed(14);
-        arms.push(Arm {
-            name: format!("pendulum_{}", quality.name()),
-            problem: Box::new(Control::new(quality, pick(40, 400), pick(10, 100), &mut rng)?),
-            size: [64, 4, 2, 128],
-            plan: plan(pick(2, 40), 32, 1e-3, 1e-2, 40),
-        });
+        arms.push(control(quality, scale)?);
     }
     Ok(arms)
 }
@@ -133,16 +84,7 @@ fn main() -> Fallible<()> {
         }
         let [width, heads, layers, ffn] = arm.size;
         for mixer in [Mixer::Aaren, Mixer::Attention] {
-            let config = Config {
-                mixer,
-                width,
-                heads,
-                layers,
-                ffn,
-                norm: Norm::Pre,
-                decay: 0.0,
-                task: arm.problem.task(),
-            };
+            let config = arm.config(mixer);
             let name = match mixer {
                 Mixer::Aaren => "aaren",
                 Mixer::Attention => "transformer",

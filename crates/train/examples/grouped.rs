@@ -14,11 +14,7 @@ use antefix_train::repro::{Trial, Way};
 type Failure = Box<dyn std::error::Error>;
 
 fn peak_mb() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|l| l.starts_with("VmHWM:"));
-    line.and_then(|l| l.split_whitespace().nth(1)?.parse::<f64>().ok())
-        .unwrap_or(f64::NAN)
-        / 1024.0
+    antefix_lab::resident_mb()[1].unwrap_or(f64::NAN)
 }
 
 fn main() -> Result<(), Failure> {

@@ -23,12 +23,7 @@ const SEQ: usize = 512;
 
 /// Resident memory now and at its peak, MB.
 fn memory() -> [f64; 2] {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    ["VmRSS:", "VmHWM:"].map(|key| {
-        let line = status.lines().find(|l| l.starts_with(key));
-        let kb = line.and_then(|l| l.split_whitespace().nth(1)?.parse::<f64>().ok());
-        kb.unwrap_or(f64::NAN) / 1024.0
-    })
+    antefix_lab::resident_mb().map(|mb| mb.unwrap_or(f64::NAN))
 }
 
 fn step(model: &dyn LanguageModel, rows: usize, vocab: usize) -> Result<f64, Failure> {

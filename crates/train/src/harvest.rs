@@ -185,6 +185,16 @@ impl Texts {
         row[0] = self.bos;
         Ok(Some(row))
     }
+
+    /// The next `n` rows of `context` tokens; fewer at the end.
+    ///
+    /// # Errors
+    /// As [`Texts::row`].
+    pub fn rows(&mut self, tokenizer: &Tokenizer, n: usize) -> Result<Vec<Vec<u32>>, HarvestError> {
+        std::iter::from_fn(|| self.row(tokenizer).transpose())
+            .take(n)
+            .collect()
+    }
 }
 
 fn collect(
@@ -567,6 +577,21 @@ impl Rows {
     /// When the shard cannot be read.
     pub fn rows(&self, shard: usize) -> Result<Vec<f32>, HarvestError> {
         Ok(self.bits(shard)?.into_iter().map(bf16_to_f32).collect())
+    }
+
+    /// The first `n` rows, `[n, width]`; fewer if there are no more.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn first(&self, n: usize) -> Result<Vec<f32>, HarvestError> {
+        let (mut values, most) = (Vec::new(), n * self.index.about.width);
+        for shard in 0..self.shards() {
+            if values.len() < most {
+                values.extend(self.rows(shard)?);
+            }
+        }
+        values.truncate(most);
+        Ok(values)
     }
 
     /// Tokens of a shard.

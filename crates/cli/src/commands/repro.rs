@@ -10,7 +10,7 @@ use antefix_lab::repro::{Bench, Line, Ran, page, read, replace, reproduce, told,
 use antefix_lab::tasks::Prose;
 use antefix_papers::repro::{Claim, LabError, Scale, find};
 use antefix_papers::{REPROS, claims};
-use antefix_train::repro::{Ground, RUNS, Subject};
+use antefix_train::repro::{Ground, RUNS};
 use anyhow::{Context, anyhow};
 use indicatif::ProgressBar;
 use serde_json::Value;
@@ -177,11 +177,7 @@ fn measure(
     let folder = tempfile::tempdir().map_err(|e| LabError::Failed(e.to_string()))?;
     let subject = place.bench.as_ref().map(Bench::subject);
     let ground = Ground {
-        model: subject.map(|s| Subject {
-            model: &s.model,
-            tokenizer: &s.tokenizer,
-            name: &s.name,
-        }),
+        model: subject,
         text: &words(prose),
         folder: folder.path(),
     };

@@ -150,14 +150,10 @@ fn bar(length: u64, what: &'static str) -> ProgressBar {
 
 /// Rows of tokens that a harvest of the same texts left out with `--skip`.
 fn held_out(texts: &TextArgs, loaded: &Loaded, rows: usize) -> Result<Vec<Vec<u32>>, Failure> {
-    let mut source = texts.texts(loaded)?;
-    let mut out = Vec::new();
-    while out.len() < rows {
-        match source.row(&loaded.tokenizer).map_err(fault)? {
-            Some(row) => out.push(row),
-            None => break,
-        }
-    }
+    let out = texts
+        .texts(loaded)?
+        .rows(&loaded.tokenizer, rows)
+        .map_err(fault)?;
     match out.is_empty() {
         true => Err(Failure::Input(anyhow!(
             "the texts have less than one row of {} tokens",

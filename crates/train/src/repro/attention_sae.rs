@@ -6,7 +6,9 @@ use std::sync::Arc;
 use antefix_papers::repro::{Judgement, LabError, Outcome, Scale, Verdict};
 use serde_json::json;
 
-use super::{Ground, Subject, failed};
+use antefix_lab::heads::Subject;
+
+use super::{Ground, failed};
 use crate::harvest::{Batches, Limits, Rows, Texts, harvest};
 use crate::sae::baselines::{Pca, random};
 use crate::sae::splice::{Replace, Spliced, measure, recovered};
@@ -30,6 +32,7 @@ pub(super) fn run(ground: &Ground<'_>, scale: Scale) -> Result<Outcome, LabError
         model,
         tokenizer,
         name,
+        ..
     } = ground.subject()?;
     let (tokens, batch, held) = scale.pick((40_000, 1024, 12), (2_000_000, 2048, 64));
     let bos = tokenizer.bos().or(tokenizer.eos());
@@ -68,34 +71,16 @@ pub(super) fn run(ground: &Ground<'_>, scale: Scale) -> Result<Outcome, LabError
     let mut dead = 0.0;
     while trainer.steps() < steps {
         dead = trainer.step(&batches.next_batch().map_err(failed)?).dead;
-        if trainer.wants_resample() {
-            let shard = rows
-                .rows(trainer.steps() as usize % rows.shards())
-                .map_err(failed)?;
-            trainer.resample(&shard);
-        }
+        trainer.resample_if_due(&rows).map_err(failed)?;
     }
     let sae = Arc::new(trainer.export().map_err(failed)?);
     let features = sae.features();
 
-    let mut source = texts()?;
-    let mut held_out = Vec::new();
-    while held_out.len() < held {
-        match source.row(tokenizer).map_err(failed)? {
-            Some(row) => held_out.push(row),
-            None => break,
-        }
-    }
+    let held_out = texts()?.rows(tokenizer, held).map_err(failed)?;
     let one = |with: &Replace| measure(model, &held_out, layer, with, |_| ()).map_err(failed);
     let (clean, zero) = (one(&Replace::Nothing)?, one(&Replace::Zero)?);
     let ours = one(&Replace::Sae(sae))?;
-    let mut values = Vec::new();
-    for shard in 0..rows.shards() {
-        if values.len() < FIT * d {
-            values.extend(rows.rows(shard).map_err(failed)?);
-        }
-    }
-    values.truncate(FIT * d);
+    let values = rows.first(FIT).map_err(failed)?;
     let rank = (ours.l0.round() as usize).clamp(1, d);
     let pca = one(&Replace::Pca(Arc::new(Pca::fit(&values, d, rank))))?;
     let directions = random(&values, d, features, rank, 1).map_err(failed)?;

@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
+use antefix_lab::median;
 use antefix_models::files::ModelFiles;
 use antefix_papers::repro::{Judgement, LabError, Outcome, Scale, Verdict};
 use serde_json::json;
 
-use super::{Ground, failed, median};
+use super::{Ground, failed};
 use crate::error::TrainError;
 use crate::model::{Decoder, LoraSpec, Train};
 use crate::ops::{self, RowLoss};

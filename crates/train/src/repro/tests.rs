@@ -22,12 +22,14 @@ fn they_run_to_their_end_and_fill_their_rows() {
         .map(|i| char::from(b'a' + ((i * i / 7 + i) % 23) as u8))
         .collect();
     let folder = tempfile::tempdir().unwrap();
+    let subject = Subject {
+        model,
+        tokenizer,
+        name: "tiny".into(),
+        sha256: String::new(),
+    };
     let ground = Ground {
-        model: Some(Subject {
-            model: &model,
-            tokenizer: &tokenizer,
-            name: "tiny",
-        }),
+        model: Some(&subject),
         text: &[&text],
         folder: folder.path(),
     };

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::checkpoint::Checkpoint;
 use super::data::Data;
-use super::metrics::{Metrics, resident_mb};
+use super::metrics::Metrics;
 use super::model::{Tokens, Trained, build};
 use super::recipe::{RawObjective, RawReference, Recipe};
 use super::report;
@@ -220,7 +220,7 @@ impl Run<'_> {
     }
 
     fn log(&mut self, step: u64, done: &Step, seconds: f64) -> Result<(), TrainError> {
-        let [resident, peak] = resident_mb();
+        let [resident, peak] = antefix_lab::resident_mb();
         let mut line = json!({
             "t": "step", "seed": self.recipe.seed, "step": step, "loss": done.loss, "gnorm": done.norm,
             "lr": self.recipe.optim.lr * self.schedule.at(step - 1), "rows": done.rows,

@@ -49,13 +49,3 @@ impl Metrics {
         writeln!(self.file, "{value}").map_err(TrainError::io(&self.path))
     }
 }
-
-/// Resident memory now and at its peak, MB.
-pub(super) fn resident_mb() -> [Option<f64>; 2] {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    ["VmRSS:", "VmHWM:"].map(|key| {
-        let line = status.lines().find(|l| l.starts_with(key))?;
-        let kb: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-        Some(kb / 1024.0)
-    })
-}

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::config::{Loss, SaeConfig};
 use super::gradient::gradients;
 use super::params::{Params, normalise, uniform};
+use crate::harvest::{HarvestError, Rows};
 
 /// Share by which the threshold of a batch moves the remembered one.
 const THRESHOLD_RATE: f64 = 0.01;
@@ -217,6 +218,19 @@ impl Trainer {
                     }
                 });
         }
+    }
+
+    /// Looks for dead features if it is time to, and draws them anew out of a shard of `rows`, another one at every check. Returns how many, if
+    /// it looked.
+    ///
+    /// # Errors
+    /// When the shard cannot be read.
+    pub fn resample_if_due(&mut self, rows: &Rows) -> Result<Option<usize>, HarvestError> {
+        if !self.wants_resample() {
+            return Ok(None);
+        }
+        let shard = rows.rows(self.at.step as usize % rows.shards())?;
+        Ok(Some(self.resample(&shard)))
     }
 
     /// Whether it is time to look for dead features: the caller then brings rows to [`Trainer::resample`].

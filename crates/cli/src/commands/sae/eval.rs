@@ -102,14 +102,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         None => None,
         Some(folder) => {
             let rows = Rows::open(folder, layer).map_err(fault)?;
-            let mut values = Vec::new();
-            for shard in 0..rows.shards() {
-                if values.len() < args.fit * rows.about().width {
-                    values.extend(rows.rows(shard).map_err(fault)?);
-                }
-            }
-            values.truncate(args.fit * rows.about().width);
-            Some(values)
+            Some(rows.first(args.fit).map_err(fault)?)
         }
     };
     for (path, sae, _) in all {

@@ -133,9 +133,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             )));
         }
         bar.set_position(report.step);
-        if trainer.wants_resample() {
-            let shard = rows.rows((report.step as usize) % rows.shards()).map_err(fault)?;
-            let drawn = trainer.resample(&shard);
+        if let Some(drawn) = trainer.resample_if_due(&rows).map_err(fault)? {
             bar.suspend(|| eprintln!("step {}: {drawn} features drawn anew", report.step));
         }
         if report.step % 50 == 0 || report.step == steps {
