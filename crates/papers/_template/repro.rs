@@ -1,14 +1,16 @@
 //! A claim of the paper, measured again at our scale.
 
-use crate::repro::{Judgement, Lab, LabError, Outcome, Repro, Scale, Verdict, SMOLLM2};
+use crate::repro::{Claim, Judgement, Lab, LabError, Outcome, Repro, Scale, Verdict, SMOLLM2};
 
 /// The claim.
 pub static REPRO: Repro = Repro {
-    slug: "{{slug}}",
-    claim: "",
-    source: "",
-    rule: "",
-    model: SMOLLM2,
+    claim: Claim {
+        slug: "{{slug}}",
+        says: "",
+        source: "",
+        rule: "",
+        model: SMOLLM2,
+    },
     run,
 };
 

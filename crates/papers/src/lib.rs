@@ -89,8 +89,8 @@ pub const TRAINED_CLAIMS: &[&Claim] = &[&aaren::CLAIM, &attention_sae::CLAIM, &p
 
 /// All claims that `antefix repro` looks into, in the order of the names.
 pub fn claims() -> Vec<Claim> {
-    let trained = TRAINED_CLAIMS.iter().map(|&claim| *claim);
-    let mut all: Vec<Claim> = REPROS.iter().map(|repro| repro.claim()).chain(trained).collect();
+    let run = REPROS.iter().map(|repro| &repro.claim);
+    let mut all: Vec<Claim> = run.chain(TRAINED_CLAIMS.iter().copied()).copied().collect();
     all.sort_by_key(|claim| claim.slug);
     all
 }

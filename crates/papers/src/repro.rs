@@ -19,16 +19,8 @@ pub use planned::{Drawn, Prefill, between, common_recall, prefill, rows, speedup
 
 /// A paper's claim and how it is looked into.
 pub struct Repro {
-    /// The name people write: the method's, where there is one.
-    pub slug: &'static str,
-    /// What the paper says, with its figures.
-    pub claim: &'static str,
-    /// Where it says so.
-    pub source: &'static str,
-    /// From which figures on the claim counts as reproduced, and as partly reproduced.
-    pub rule: &'static str,
-    /// The smallest of our models on which it says something, by its alias.
-    pub model: &'static str,
+    /// The claim.
+    pub claim: Claim,
     /// Measures and judges.
     pub run: fn(&mut dyn Lab, Scale) -> Result<Outcome, LabError>,
 }
@@ -44,21 +36,8 @@ pub struct Claim {
     pub source: &'static str,
     /// From which figures on the claim counts as reproduced, and as partly reproduced.
     pub rule: &'static str,
-    /// The smallest of our models on which it says something, by its alias.
+    /// The smallest of our models on which it says something, by its alias; [`NO_MODEL`] where it needs none.
     pub model: &'static str,
-}
-
-impl Repro {
-    /// Without the way it is run.
-    pub const fn claim(&self) -> Claim {
-        Claim {
-            slug: self.slug,
-            says: self.claim,
-            source: self.source,
-            rule: self.rule,
-            model: self.model,
-        }
-    }
 }
 
 /// How much is run.
@@ -398,6 +377,8 @@ pub struct Passages {
 pub const SMOLLM2: &str = "smollm2";
 /// See [`SMOLLM2`].
 pub const QWEN: &str = "qwen2.5-coder-0.5b";
+/// What a claim says that needs no model.
+pub const NO_MODEL: &str = "none";
 
 /// Name of the profile of heads in which [`Lab::heads`] puts its measurements.
 pub const PROFILE: &str = "repro";
@@ -495,7 +476,7 @@ mod tests {
     #[test]
     fn reproductions_are_described_and_named_once() {
         for names in [
-            REPROS.iter().map(|r| r.slug).collect::<Vec<_>>(),
+            REPROS.iter().map(|r| r.claim.slug).collect::<Vec<_>>(),
             TRAINED_CLAIMS.iter().map(|c| c.slug).collect(),
             claims().iter().map(|c| c.slug).collect(),
         ] {

@@ -162,38 +162,33 @@ fn knob_table(card: &Card) -> String {
     table
 }
 
-/// The list of all methods, by axis, and of what `always` runs.
+/// The list of all methods, by axis, of what `always` runs, and of what is `trained`.
 pub fn index(methods: &[&dyn Method], always: &[&Card], trained: &[&Card]) -> String {
     let mut page = String::from(
         "# Methods\n\nA request chooses at most one method on each axis: `--method NAME[,knob=value...]` on the command line, \
          `\"antefix\": {\"AXIS\": \"NAME,knob=value\"}` over HTTP.\n",
     );
     for axis in Axis::ALL {
-        let mut cards = methods
-            .iter()
-            .map(|m| m.card())
-            .filter(|c| c.axis == axis)
-            .peekable();
-        if cards.peek().is_none() {
-            continue;
-        }
-        let _ = writeln!(
-            page,
-            "\n## {axis}\n\n| method | what it does | exact | paper |\n|---|---|---|---|"
-        );
-        cards.for_each(|c| line(&mut page, c));
+        let on_it = methods.iter().map(|m| m.card()).filter(|c| c.axis == axis);
+        section(&mut page, axis.name(), "", &on_it.collect::<Vec<_>>());
     }
-    if !always.is_empty() {
-        page += "\n## Always\n\nHow the engine computes whatever was asked for. There is nothing to choose.\n\n\
-                 | method | what it does | exact | paper |\n|---|---|---|---|\n";
-        always.iter().for_each(|c| line(&mut page, c));
-    }
-    if !trained.is_empty() {
-        page += "\n## Trained\n\nWhat `antefix train` and its kin run, beside those above that are trained, too. No request chooses it.\n\n\
-                 | method | what it does | exact | paper |\n|---|---|---|---|\n";
-        trained.iter().for_each(|c| line(&mut page, c));
-    }
+    let text = "How the engine computes whatever was asked for. There is nothing to choose.\n\n";
+    section(&mut page, "Always", text, always);
+    let text = "What `antefix train` and its kin run, beside those above that are trained, too. No request chooses it.\n\n";
+    section(&mut page, "Trained", text, trained);
     page
+}
+
+/// Nothing without cards.
+fn section(page: &mut String, heading: &str, text: &str, cards: &[&Card]) {
+    if cards.is_empty() {
+        return;
+    }
+    let _ = writeln!(
+        page,
+        "\n## {heading}\n\n{text}| method | what it does | exact | paper |\n|---|---|---|---|"
+    );
+    cards.iter().for_each(|c| line(page, c));
 }
 
 fn line(page: &mut String, c: &Card) {

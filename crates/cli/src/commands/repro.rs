@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use antefix_kernels::memory::keep_big_blocks;
 use antefix_lab::repro::{Bench, Line, Ran, page, read, replace, reproduce, told, words};
 use antefix_lab::tasks::Prose;
-use antefix_papers::repro::{Claim, LabError, Scale, find};
+use antefix_papers::repro::{Claim, LabError, NO_MODEL, Scale, find};
 use antefix_papers::{REPROS, claims};
 use antefix_train::repro::{Ground, RUNS};
 use anyhow::{Context, anyhow};
@@ -136,9 +136,6 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-/// What claims say that need no model.
-const NO_MODEL: &str = "none";
-
 /// Where claims are looked into.
 struct Place {
     machine: String,
@@ -169,7 +166,7 @@ fn measure(
     prose: &Prose,
 ) -> Result<(Line, Vec<Value>), LabError> {
     let machine = &place.machine;
-    if let (Some(repro), Some(bench)) = (REPROS.iter().find(|r| r.slug == claim.slug), &mut place.bench) {
+    if let (Some(repro), Some(bench)) = (REPROS.iter().find(|r| r.claim == claim), &mut place.bench) {
         return reproduce(repro, bench, scale, machine);
     }
     let run = RUNS.iter().find(|run| run.0 == claim.slug);

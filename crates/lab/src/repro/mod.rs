@@ -63,7 +63,7 @@ pub fn reproduce(
         machine,
         seconds: start.elapsed().as_secs_f64(),
     };
-    told(repro.claim(), &ran, outcome)
+    told(repro.claim, &ran, outcome)
 }
 
 /// Where something ran, and for how long.

@@ -1,7 +1,7 @@
 use antefix_conformance::tiny;
 use antefix_kernels::cpu::Cpu;
 use antefix_models::spec::Arch;
-use antefix_papers::repro::{HeadSearch, Judgement, Lab, Quiz};
+use antefix_papers::repro::{Claim, HeadSearch, Judgement, Lab, Quiz};
 use antefix_papers::{REPROS, claims};
 use serde_json::json;
 
@@ -22,11 +22,13 @@ fn bench() -> Bench {
 
 fn made(run: fn(&mut dyn Lab, Scale) -> Result<Outcome, LabError>) -> Repro {
     Repro {
-        slug: "made",
-        claim: "It is so.",
-        source: "Here.",
-        rule: "By looking.",
-        model: "smollm2",
+        claim: Claim {
+            slug: "made",
+            says: "It is so.",
+            source: "Here.",
+            rule: "By looking.",
+            model: "smollm2",
+        },
         run,
     }
 }
@@ -81,7 +83,7 @@ fn every_reproduction_comes_to_a_verdict_on_a_random_model() {
         let (line, rows) = reproduce(repro, &mut bench, Scale::Fast, "here").unwrap();
         assert!(["reproduced", "partly", "not"].contains(&line.verdict.as_str()));
         assert!(!line.why.is_empty() && line.model == "tiny-random", "{line:?}");
-        let judged = JUDGED.contains(&repro.slug);
+        let judged = JUDGED.contains(&repro.claim.slug);
         assert_eq!(line.measured.is_none(), rows.is_empty(), "{line:?}");
         assert!(!judged || line.measured.is_some(), "{line:?}");
     }

@@ -46,7 +46,7 @@ pub mod twin;
 
 use antefix_attention::method::{Axis, Card, Paper};
 
-use crate::repro::Claim;
+use crate::repro::{Claim, NO_MODEL};
 
 pub use config::{Config, Mixer, Norm, Scale, Task};
 pub use file::{FileError, Tensors};
@@ -83,5 +83,5 @@ pub static CLAIM: Claim = Claim {
     rule: "Tasks made here, three seeds (short run: one): reproduced if every mean figure is at most 5 % worse than the twin's, the state \
            of a stream keeps its size, total time is a line (R^2 at least 0.99) and an event behind 16,384 others is at least 20 times as fast as \
            with the twin and its cache of keys (short run: 2,048, and twice); partly if the stream is so and half of the tasks are.",
-    model: "none",
+    model: NO_MODEL,
 };

@@ -6,20 +6,22 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use crate::repro::{
-    Belief, HeadSearch, Judgement, Lab, LabError, Outcome, Passages, Quiz, Repro, SMOLLM2, Scale, Verdict,
-    mean, mean_and_error,
+    Belief, Claim, HeadSearch, Judgement, Lab, LabError, Outcome, Passages, Quiz, Repro, SMOLLM2, Scale,
+    Verdict, mean, mean_and_error,
 };
 
 /// The claim.
 pub static REPRO: Repro = Repro {
-    slug: "act",
-    claim: "Handing weight of hidden sinks on to other keys, in heads chosen on labelled examples, raises accuracy (up to 7.30 % on average, \
-            Llama-30B) without training.",
-    source: "Yu et al., abstract.",
-    rule: "On examples that did not choose the heads, those of all seeds together: the right label's log-probability gains more than twice its standard \
-           error (else: not), more than with as many random heads, and the reversed change (sinks gain weight) does not gain. All: reproduced; without \
-           one of the last two: partly.",
-    model: SMOLLM2,
+    claim: Claim {
+        slug: "act",
+        says: "Handing weight of hidden sinks on to other keys, in heads chosen on labelled examples, raises accuracy (up to 7.30 % on average, \
+                Llama-30B) without training.",
+        source: "Yu et al., abstract.",
+        rule: "On examples that did not choose the heads, those of all seeds together: the right label's log-probability gains more than twice its standard \
+               error (else: not), more than with as many random heads, and the reversed change (sinks gain weight) does not gain. All: reproduced; without \
+               one of the last two: partly.",
+        model: SMOLLM2,
+    },
     run,
 };
 

@@ -3,19 +3,21 @@
 use serde_json::json;
 
 use crate::repro::{
-    Belief, HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2, Scale,
-    Verdict, Way, alone, enough, mean, mean_and_error, row,
+    Belief, Claim, HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2,
+    Scale, Verdict, Way, alone, enough, mean, mean_and_error, row,
 };
 
 /// The claim.
 pub static REPRO: Repro = Repro {
-    slug: "compresskv",
-    claim: "With 256 rows a layer it keeps 95 % of the full cache's quality (46.71 of 49.08 on LongBench, Llama-3.1-8B), more than SnapKV (45.21), \
-            PyramidKV (44.36) and StreamingLLM (33.92); needles are found as with the full cache.",
-    source: "Lin et al., table of LongBench averages and needle figures.",
-    rule: "Three parts at equal budgets: recall at least 0.95 of dense; the log-probability of the right answers above SnapKV's by more than twice the \
-           standard error of the pairs; recall at least 0.1 over StreamingLLM's. All: reproduced; some: partly. A dense recall below 0.5 says nothing.",
-    model: SMOLLM2,
+    claim: Claim {
+        slug: "compresskv",
+        says: "With 256 rows a layer it keeps 95 % of the full cache's quality (46.71 of 49.08 on LongBench, Llama-3.1-8B), more than SnapKV (45.21), \
+                PyramidKV (44.36) and StreamingLLM (33.92); needles are found as with the full cache.",
+        source: "Lin et al., table of LongBench averages and needle figures.",
+        rule: "Three parts at equal budgets: recall at least 0.95 of dense; the log-probability of the right answers above SnapKV's by more than twice the \
+               standard error of the pairs; recall at least 0.1 over StreamingLLM's. All: reproduced; some: partly. A dense recall below 0.5 says nothing.",
+        model: SMOLLM2,
+    },
     run,
 };
 

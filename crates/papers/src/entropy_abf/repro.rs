@@ -3,18 +3,20 @@
 use serde_json::json;
 
 use crate::repro::{
-    Judgement, Lab, LabError, Outcome, Passages, Repro, SMOLLM2, Scale, Stretch, Verdict, row,
+    Claim, Judgement, Lab, LabError, Outcome, Passages, Repro, SMOLLM2, Scale, Stretch, Verdict, row,
 };
 
 /// The claim.
 pub static REPRO: Repro = Repro {
-    slug: "entropy_abf",
-    claim: "A larger rotary base and scores that sharpen with the number of keys carry a model beyond its window (4K to 16K with 100 samples of \
-            fine-tuning), and better than the larger base alone.",
-    source: "Zhang et al., abstract and section 4; here without the fine-tuning.",
-    rule: "Two parts: beyond the window the loss is at most 0.3 nats over that of the second half of the window; it is below that of the larger base alone. Both: \
-           reproduced; one: partly. Where the model as it is loses less than 0.3 nats there is nothing to mend.",
-    model: SMOLLM2,
+    claim: Claim {
+        slug: "entropy_abf",
+        says: "A larger rotary base and scores that sharpen with the number of keys carry a model beyond its window (4K to 16K with 100 samples of \
+                fine-tuning), and better than the larger base alone.",
+        source: "Zhang et al., abstract and section 4; here without the fine-tuning.",
+        rule: "Two parts: beyond the window the loss is at most 0.3 nats over that of the second half of the window; it is below that of the larger base alone. Both: \
+               reproduced; one: partly. Where the model as it is loses less than 0.3 nats there is nothing to mend.",
+        model: SMOLLM2,
+    },
     run,
 };
 

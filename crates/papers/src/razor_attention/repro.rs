@@ -3,19 +3,21 @@
 use serde_json::json;
 
 use crate::repro::{
-    HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2, Scale, Verdict,
-    Way, alone, enough, row,
+    Claim, HeadSearch, Judgement, Lab, LabError, Outcome, PROFILE, Quiz, Recall, Repro, SMOLLM2, Scale,
+    Verdict, Way, alone, enough, row,
 };
 
 /// The claim.
 pub static REPRO: Repro = Repro {
-    slug: "razor_attention",
-    claim: "More than 70 % of the cache goes without noticeable loss (LongBench 35.87 of 36.03 for Qwen1.5-7B), better than StreamingLLM at the same \
-            size, and what stays does not depend on the question.",
-    source: "Tang et al., abstract and section 4.",
-    rule: "Three parts, the question asked after the cut: at most 35 % of the bytes are kept; recall is within 0.05 of dense; recall is at least 0.1 over \
-           StreamingLLM's at no fewer bytes. All: reproduced; the last and another: partly; else not. A dense recall below 0.5 says nothing.",
-    model: SMOLLM2,
+    claim: Claim {
+        slug: "razor_attention",
+        says: "More than 70 % of the cache goes without noticeable loss (LongBench 35.87 of 36.03 for Qwen1.5-7B), better than StreamingLLM at the same \
+                size, and what stays does not depend on the question.",
+        source: "Tang et al., abstract and section 4.",
+        rule: "Three parts, the question asked after the cut: at most 35 % of the bytes are kept; recall is within 0.05 of dense; recall is at least 0.1 over \
+               StreamingLLM's at no fewer bytes. All: reproduced; the last and another: partly; else not. A dense recall below 0.5 says nothing.",
+        model: SMOLLM2,
+    },
     run,
 };
 

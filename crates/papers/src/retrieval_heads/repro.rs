@@ -3,18 +3,20 @@
 use serde_json::json;
 
 use crate::repro::{
-    HeadSearch, Judgement, Lab, LabError, Masked, Outcome, QWEN, Repro, Scale, Verdict, enough, row,
+    Claim, HeadSearch, Judgement, Lab, LabError, Masked, Outcome, QWEN, Repro, Scale, Verdict, enough, row,
 };
 
 /// The claim.
 pub static REPRO: Repro = Repro {
-    slug: "retrieval_heads",
-    claim: "Less than 5 % of the heads retrieve (score 0.1 or more); with the best 3 % of all heads switched off needles are lost, with as many random \
-            heads they are not.",
-    source: "Wu et al., sections 2 and 4 (Llama-2-7B and others; the best 30 of 1,024 heads).",
-    rule: "Three parts: at most 5 % of the heads score 0.1 or more; the best heads' absence costs at least half of the recall; that of as many random heads \
-           costs at most a quarter of it. All: reproduced; some: partly. A recall below 0.5 with all heads says nothing.",
-    model: QWEN,
+    claim: Claim {
+        slug: "retrieval_heads",
+        says: "Less than 5 % of the heads retrieve (score 0.1 or more); with the best 3 % of all heads switched off needles are lost, with as many random \
+                heads they are not.",
+        source: "Wu et al., sections 2 and 4 (Llama-2-7B and others; the best 30 of 1,024 heads).",
+        rule: "Three parts: at most 5 % of the heads score 0.1 or more; the best heads' absence costs at least half of the recall; that of as many random heads \
+               costs at most a quarter of it. All: reproduced; some: partly. A recall below 0.5 with all heads says nothing.",
+        model: QWEN,
+    },
     run,
 };
 
