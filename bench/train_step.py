@@ -7,6 +7,7 @@ float32, two threads, fused attention (scaled_dot_product_attention), AdamW (fus
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -131,7 +132,7 @@ def main():
             times.append(time.perf_counter() - start)
     times.sort()
     seconds = times[len(times) // 2]
-    print(json.dumps({"engine": f"torch {torch.__version__}", "tokens_s": round(sequences * length / seconds), "step_s": round(seconds, 4)}))
+    print(json.dumps({"engine": f"torch {torch.__version__}", "tokens_s": round(sequences * length / seconds), "step_s": round(seconds, 4), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
 
 
 main()

@@ -63,11 +63,7 @@ fn main() -> Result<(), Failure> {
     {
         Some(path) => {
             let files = ModelFiles::open(Path::new(path))?;
-            let lora = LoraSpec {
-                modules: vec!["q_proj".into(), "v_proj".into()],
-                rank: 8,
-                alpha: 16.0,
-            };
+            let lora = LoraSpec::default();
             let model = Decoder::load(&files, &Train::Lora(lora), 0)?.with_recompute(recompute);
             (Box::new(model), files.spec().vocab)
         }

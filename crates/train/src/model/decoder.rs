@@ -52,7 +52,8 @@ pub struct Decoder {
 /// Where parameters come from.
 enum Source<'a> {
     Files(&'a ModelFiles),
-    Seed(u64),
+    /// Fresh, by seed and standard deviation.
+    Seed(u64, f64),
 }
 
 struct Builder<'a> {
@@ -104,15 +105,15 @@ impl Builder<'_> {
         let dims: &[usize] = if rows == 1 { &[cols] } else { &[rows, cols] };
         let name = self.name(role);
         let value = match self.source {
-            Source::Seed(seed) => {
+            Source::Seed(seed, range) => {
                 let init = match role {
                     _ if role.is_norm() => Init::Constant(1.0),
                     Role::AttnQBias(_) | Role::AttnKBias(_) | Role::AttnVBias(_) => Init::Constant(0.0),
                     // Residual branches start smaller, by the number of them (GPT-2).
                     Role::AttnOut(_) | Role::FfnDown(_) => {
-                        Init::Normal(0.02 / (2.0 * self.spec.layers as f64).sqrt())
+                        Init::Normal(range / (2.0 * self.spec.layers as f64).sqrt())
                     }
-                    _ => Init::Normal(0.02),
+                    _ => Init::Normal(range),
                 };
                 return self.params.fresh(&name, dims, init, seed).map(Some);
             }
@@ -248,14 +249,15 @@ impl Decoder {
         .build()
     }
 
-    /// A model from nothing, all of it trained.
+    /// A model from nothing, all of it trained. Matrices have the standard deviation `range`, those that write to the residual stream
+    /// `range / sqrt(2 layers)`.
     ///
     /// # Errors
     /// [`TrainError`] when the description has a part that cannot be trained.
-    pub fn fresh(spec: &ModelSpec, seed: u64) -> Result<Self, TrainError> {
+    pub fn fresh(spec: &ModelSpec, range: f64, seed: u64) -> Result<Self, TrainError> {
         Builder {
             spec,
-            source: Source::Seed(seed),
+            source: Source::Seed(seed, range),
             train: &Train::All,
             seed,
             params: Params::default(),

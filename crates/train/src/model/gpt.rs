@@ -12,6 +12,9 @@ use super::recompute::{Recompute, recomputed};
 use crate::error::TrainError;
 use crate::ops::{self, Attention};
 
+/// Standard deviation of fresh matrices where nothing is said (GPT-2).
+pub const INITIALIZER_RANGE: f64 = 0.02;
+
 /// What a recipe says of a small model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -30,6 +33,9 @@ pub struct RawGpt {
     pub vocab: usize,
     /// Longest sequence: positions are learned.
     pub context: usize,
+    /// Standard deviation of fresh matrices; those that write to the residual stream have it over `sqrt(2 layers)`. Narrow models learn to look
+    /// things up sooner with about `1 / sqrt(d)`.
+    pub initializer_range: f64,
 }
 
 impl Default for RawGpt {
@@ -42,11 +48,17 @@ impl Default for RawGpt {
             ffn: 512,
             vocab: 256,
             context: 512,
+            initializer_range: INITIALIZER_RANGE,
         }
     }
 }
 
 impl RawGpt {
+    /// Standard deviation of fresh matrices that write to the residual stream (GPT-2).
+    fn residual_range(&self) -> f64 {
+        self.initializer_range / (2.0 * self.layers as f64).sqrt()
+    }
+
     /// How many numbers such a model has, at least; saturating.
     pub fn parameters(&self) -> usize {
         let block = self.d.saturating_mul(
@@ -75,6 +87,12 @@ impl RawGpt {
                     1 << 20
                 )));
             }
+        }
+        let range = self.initializer_range;
+        if !(range > 0.0 && range <= 1.0) {
+            return Err(TrainError::Recipe(format!(
+                "`model.initializer_range` is {range}; it is above 0 and at most 1"
+            )));
         }
         if !self.d.is_multiple_of(self.heads) || !self.heads.is_multiple_of(self.kv_heads) {
             return Err(TrainError::Recipe(format!(
@@ -119,14 +137,14 @@ impl SelfAttention {
                 seed,
             )
         };
-        let residual = 0.02 / (2.0 * raw.layers as f64).sqrt();
+        let (range, residual) = (raw.initializer_range, raw.residual_range());
         Ok(Self {
             heads: raw.heads,
             kv_heads: raw.kv_heads,
             qkv: [
-                make("q_proj", raw.d, raw.d, 0.02)?,
-                make("k_proj", raw.kv_heads * dim, raw.d, 0.02)?,
-                make("v_proj", raw.kv_heads * dim, raw.d, 0.02)?,
+                make("q_proj", raw.d, raw.d, range)?,
+                make("k_proj", raw.kv_heads * dim, raw.d, range)?,
+                make("v_proj", raw.kv_heads * dim, raw.d, range)?,
             ],
             out: make("o_proj", raw.d, raw.d, residual)?,
         })
@@ -217,9 +235,9 @@ impl Gpt {
     pub fn with_mixers(raw: &RawGpt, seed: u64, mixer: &mut MakeMixer<'_>) -> Result<Self, TrainError> {
         raw.check()?;
         let mut params = Params::default();
-        let residual = 0.02 / (2.0 * raw.layers as f64).sqrt();
-        let tokens = params.fresh("wte.weight", &[raw.vocab, raw.d], Init::Normal(0.02), seed)?;
-        let positions = params.fresh("wpe.weight", &[raw.context, raw.d], Init::Normal(0.02), seed)?;
+        let (range, residual) = (raw.initializer_range, raw.residual_range());
+        let tokens = params.fresh("wte.weight", &[raw.vocab, raw.d], Init::Normal(range), seed)?;
+        let positions = params.fresh("wpe.weight", &[raw.context, raw.d], Init::Normal(range), seed)?;
         let mut blocks = Vec::new();
         for layer in 0..raw.layers {
             let name = |part: &str| format!("h.{layer}.{part}");
@@ -230,7 +248,7 @@ impl Gpt {
                 up: params.fresh(
                     &name("mlp.c_fc.weight"),
                     &[raw.ffn, raw.d],
-                    Init::Normal(0.02),
+                    Init::Normal(range),
                     seed,
                 )?,
                 down: params.fresh(

@@ -17,6 +17,17 @@ pub struct LoraSpec {
     pub alpha: f64,
 }
 
+impl Default for LoraSpec {
+    /// Queries and values, as in the paper (Hu et al., arXiv 2106.09685), rank 8, factor 2: what measurements here use.
+    fn default() -> Self {
+        Self {
+            modules: vec!["q_proj".into(), "v_proj".into()],
+            rank: 8,
+            alpha: 16.0,
+        }
+    }
+}
+
 /// The adapter of one matrix.
 #[derive(Debug, Clone)]
 pub(super) struct Lora {

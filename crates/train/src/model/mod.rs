@@ -11,7 +11,7 @@ mod recompute;
 mod tests;
 
 pub use self::decoder::{Batch, Decoder, Train};
-pub use self::gpt::{Gpt, MakeMixer, Mixer, RawGpt, SelfAttention};
+pub use self::gpt::{Gpt, INITIALIZER_RANGE, MakeMixer, Mixer, RawGpt, SelfAttention};
 pub use self::lora::LoraSpec;
 pub use self::params::{Init, Params};
 pub use self::recompute::{Aside, Recompute};

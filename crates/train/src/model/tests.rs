@@ -106,7 +106,7 @@ fn every_variable_of_every_family_gets_a_gradient() {
         let mut grads = Grads::default();
         grads.add(decoder.params(), &loss(&decoder, &tokens(20))).unwrap();
         assert_eq!(grads.silent(decoder.params()), Vec::<&str>::new(), "{arch:?}");
-        let fresh = Decoder::fresh(decoder.spec(), 5).unwrap();
+        let fresh = Decoder::fresh(decoder.spec(), INITIALIZER_RANGE, 5).unwrap();
         let mut grads = Grads::default();
         grads.add(fresh.params(), &loss(&fresh, &tokens(20))).unwrap();
         assert_eq!(

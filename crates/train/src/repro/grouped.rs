@@ -69,11 +69,7 @@ impl Trial {
     pub fn new(files: &ModelFiles, everything: bool) -> Result<Self, TrainError> {
         let train = match everything {
             true => Train::All,
-            false => Train::Lora(LoraSpec {
-                modules: vec!["q_proj".into(), "v_proj".into()],
-                rank: 8,
-                alpha: 16.0,
-            }),
+            false => Train::Lora(LoraSpec::default()),
         };
         let model = Decoder::load(files, &train, 1)?;
         Ok(Self {

@@ -6,8 +6,10 @@ use super::data::{Items, Part, problems, prompt_tokens};
 use super::driver::Run;
 use super::steps::preference;
 use crate::error::TrainError;
-use crate::ops;
-use crate::prefix_grouper::{LanguageModel, PreferenceReport, Sampling, Task, Verifiable, preference_report};
+use crate::ops::{self, Judged};
+use crate::prefix_grouper::{
+    LanguageModel, PreferenceReport, Sampling, Scored, Task, Verifiable, preference_report,
+};
 
 /// Names and values.
 type Figures = Vec<(String, f64)>;
@@ -84,15 +86,20 @@ impl Run<'_> {
         })
     }
 
+    /// How the model predicts each scored token.
+    pub(super) fn judge(&self, scored: &Scored) -> Result<Vec<Judged>, TrainError> {
+        let hidden = self.model.hidden(&scored.batch)?.detach();
+        let hidden = ops::embed(&hidden, &scored.rows, 1.0)?;
+        Ok(ops::judge(&hidden, self.model.output(), &scored.targets)?)
+    }
+
     /// Cross-entropy, share of scored tokens that are the likeliest, and share of answers of which every token is.
     fn predictions(&self) -> Result<Figures, TrainError> {
         let (mut sum, mut count, mut right) = (0.0, 0.0, 0.0);
         let (mut answers, mut whole) = (0.0, 0.0);
         for part in self.held_out(self.recipe.train.eval_items).split(self.micro()) {
             let scored = part.pack()?;
-            let hidden = self.model.hidden(&scored.batch)?.detach();
-            let hidden = ops::embed(&hidden, &scored.rows, 1.0)?;
-            let judged = ops::judge(&hidden, self.model.output(), &scored.targets)?;
+            let judged = self.judge(&scored)?;
             let rows = scored.owners.iter().zip(&judged).collect::<Vec<_>>();
             for answer in rows.chunk_by(|a, b| a.0 == b.0) {
                 answers += 1.0;

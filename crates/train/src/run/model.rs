@@ -174,7 +174,7 @@ pub(super) fn build(recipe: &Recipe) -> Result<(Trained, Tokens), TrainError> {
         RawModel::Llama(raw) => {
             let spec = llama(raw, &recipe.recipe);
             fits(parameters(&spec))?;
-            let model = Trained::Decoder(Decoder::fresh(&spec, recipe.seed)?);
+            let model = Trained::Decoder(Decoder::fresh(&spec, raw.initializer_range, recipe.seed)?);
             (model, Tokens::Bytes, raw.init.as_ref())
         }
         RawModel::Gpt(raw) => {

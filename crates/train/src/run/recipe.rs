@@ -10,7 +10,7 @@ use toml::{Table, Value};
 
 use super::data::{RawIds, Synthetic};
 use crate::error::TrainError;
-use crate::model::{RawGpt, Recompute};
+use crate::model::{INITIALIZER_RANGE, RawGpt, Recompute};
 use crate::optim::{RawAdamW, RawSchedule};
 use crate::prefix_grouper::{Task, Variant};
 
@@ -176,6 +176,8 @@ pub struct RawLlama {
     pub context: usize,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
+    /// Standard deviation of fresh matrices; those that write to the residual stream have it over `sqrt(2 layers)`.
+    pub initializer_range: f64,
     /// Checkpoint folder to start from.
     pub init: Option<PathBuf>,
 }
@@ -191,6 +193,7 @@ impl Default for RawLlama {
             vocab: 256,
             context: 2048,
             rope_base: 10_000.0,
+            initializer_range: INITIALIZER_RANGE,
             init: None,
         }
     }

@@ -12,8 +12,7 @@ use super::data::Items;
 use super::driver::Run;
 use super::recipe::RawFormat;
 use crate::error::TrainError;
-use crate::ops;
-use crate::prefix_grouper::{LanguageModel, Marked};
+use crate::prefix_grouper::Marked;
 
 /// Plain sequences; of prompts, each with its first response.
 fn sequences(items: Items) -> Vec<Marked> {
@@ -72,9 +71,7 @@ impl Run<'_> {
         for sequence in sequences(items) {
             let tokens = sequence.tokens.clone();
             let scored = Items::Marked(vec![sequence]).pack()?;
-            let hidden = self.model.hidden(&scored.batch)?.detach();
-            let hidden = ops::embed(&hidden, &scored.rows, 1.0)?;
-            let judged = ops::judge(&hidden, self.model.output(), &scored.targets)?;
+            let judged = self.judge(&scored)?;
             let mut next = 0;
             logits::each(&engine, &tokens, |row, logits| {
                 if scored.rows.get(next).is_some_and(|&r| r as usize == row) {

@@ -176,6 +176,7 @@ fn check_llama(raw: &RawLlama) -> Result<(), TrainError> {
         ranged(&format!("model.{key}"), value, least, most)?;
     }
     ranged("model.rope_base", raw.rope_base, 1.0, 1e12)?;
+    ranged("model.initializer_range", raw.initializer_range, 1e-6, 1.0)?;
     let dim = raw.d / raw.heads;
     let fits =
         raw.d.is_multiple_of(raw.heads) && raw.heads.is_multiple_of(raw.kv_heads) && dim.is_multiple_of(16);

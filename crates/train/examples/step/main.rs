@@ -1,7 +1,9 @@
-//! Tokens per second of a full training step: `cargo run --release -p antefix-train --example step [gpt|lora MODEL.gguf] [STEPS]`.
+//! Tokens per second and peak memory of a full training step: `cargo run --release -p antefix-train --example step [gpt|composed|lora MODEL.gguf] [STEPS]`.
 //!
-//! `bench/train_step.py` is the same in PyTorch; `bench/train_step.sh` runs them in turn.
+//! `composed` is the GPT out of candle's own operators, without ours. `bench/train_step.py` is the same in PyTorch.
 #![allow(clippy::print_stdout, reason = "that is what it is for")]
+
+mod composed;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,21 +17,33 @@ use antefix_train::optim::{AdamW, Grads, RawAdamW};
 use antefix_train::random::Stream;
 use candle_core::Tensor;
 
+use self::composed::Composed;
+
 type Failure = Box<dyn std::error::Error>;
 
+/// The loss of a batch with these targets.
+type Loss<'a> = dyn Fn(&Batch, &Arc<Vec<u32>>) -> Result<Tensor, antefix_train::TrainError> + 'a;
+
 struct Run {
+    engine: &'static str,
     sequences: usize,
     length: usize,
     vocab: usize,
     steps: usize,
 }
 
-fn measure(
-    run: &Run,
-    params: &Params,
-    hidden: &dyn Fn(&Batch) -> Result<Tensor, antefix_train::TrainError>,
+/// Mean cross-entropy by our operators.
+fn cross_entropy(
+    hidden: &Tensor,
     output: &Tensor,
-) -> Result<(), Failure> {
+    targets: &Arc<Vec<u32>>,
+) -> Result<Tensor, antefix_train::TrainError> {
+    let rows = targets.len();
+    let weights = RowLoss::CrossEntropy(Arc::new(vec![1.0 / rows as f64; rows]));
+    Ok(ops::token_loss(hidden, output, targets, 1.0, weights)?)
+}
+
+fn measure(run: &Run, params: &Params, loss_of: &Loss<'_>) -> Result<(), Failure> {
     let rows = run.sequences * run.length;
     let packing = Arc::new(Packing::causal(&vec![run.length; run.sequences])?);
     let mut optimiser = AdamW::new(RawAdamW::default(), params)?;
@@ -44,8 +58,7 @@ fn measure(
             packing: packing.clone(),
         };
         let start = Instant::now();
-        let weights = RowLoss::CrossEntropy(Arc::new(vec![1.0 / rows as f64; rows]));
-        let loss = ops::token_loss(&hidden(&batch)?, output, &Arc::new(targets), 1.0, weights)?;
+        let loss = loss_of(&batch, &Arc::new(targets))?;
         let forward = start.elapsed().as_secs_f64();
         let mut grads = Grads::default();
         grads.add(params, &loss)?;
@@ -64,8 +77,10 @@ fn measure(
     }
     times.sort_by(|a, b| a[0].total_cmp(&b[0]));
     let [seconds, forward, backward] = times[times.len() / 2];
+    let peak = antefix_lab::resident_mb()[1].unwrap_or(f64::NAN);
     println!(
-        "{{\"engine\":\"antefix\",\"tokens_s\":{:.0},\"step_s\":{seconds:.4},\"forward_s\":{forward:.4},\"backward_s\":{backward:.4}}}",
+        "{{\"engine\":\"{}\",\"tokens_s\":{:.0},\"step_s\":{seconds:.4},\"forward_s\":{forward:.4},\"backward_s\":{backward:.4},\"peak_mb\":{peak:.0}}}",
+        run.engine,
         rows as f64 / seconds
     );
     Ok(())
@@ -77,19 +92,17 @@ fn main() -> Result<(), Failure> {
     rayon::ThreadPoolBuilder::new().num_threads(2).build_global()?;
     if args.first().is_some_and(|a| a == "lora") {
         let files = ModelFiles::open(Path::new(args.get(1).ok_or("which model?")?))?;
-        let spec = LoraSpec {
-            modules: vec!["q_proj".into(), "v_proj".into()],
-            rank: 8,
-            alpha: 16.0,
-        };
+        let spec = LoraSpec::default();
         let model = Decoder::load(&files, &Train::Lora(spec), 1)?;
         let run = Run {
+            engine: "antefix",
             sequences: 2,
             length: 512,
             vocab: files.spec().vocab,
             steps: args.get(2).map_or(Ok(5), |n| n.parse())?,
         };
-        return measure(&run, model.params(), &|b| model.hidden(b), model.output());
+        let loss = |b: &Batch, t: &Arc<Vec<u32>>| cross_entropy(&model.hidden(b)?, model.output(), t);
+        return measure(&run, model.params(), &loss);
     }
     let raw = RawGpt {
         layers: 4,
@@ -99,13 +112,21 @@ fn main() -> Result<(), Failure> {
         ffn: 1024,
         vocab: 4096,
         context: 512,
+        ..RawGpt::default()
     };
     let model = Gpt::fresh(&raw, 1)?;
+    let own = args.first().is_none_or(|a| a != "composed");
     let run = Run {
+        engine: if own { "antefix" } else { "candle" },
         sequences: 8,
         length: 512,
         vocab: raw.vocab,
         steps: args.get(1).map_or(Ok(10), |n| n.parse())?,
     };
-    measure(&run, model.params(), &|b| model.hidden(b), model.output())
+    let composed = Composed::new(model.params(), &raw, run.length)?;
+    let loss = |b: &Batch, t: &Arc<Vec<u32>>| match own {
+        true => cross_entropy(&model.hidden(b)?, model.output(), t),
+        false => Ok(composed.loss(&b.tokens, t)?),
+    };
+    measure(&run, model.params(), &loss)
 }
