@@ -90,6 +90,38 @@ fn keep_largest_of_all<T: Real>(rows: &mut Sparse<T>, n: usize) -> Option<f64> {
     kept.min_by(f64::total_cmp)
 }
 
+/// Bits of a positive f64 below its bucket: exponent and four bits of the fraction are left.
+const BUCKET: u32 = 48;
+
+/// A value that the `n` largest positive ones of `h + bias` do not fall below, and few others exceed: the lower edge of the `n`-th largest's
+/// bucket of a histogram. 0 if there are fewer.
+fn bound_of_largest<T: Real>(h: &[T], bias: &[T], n: usize) -> f64 {
+    let empty = || vec![0u32; (f64::INFINITY.to_bits() >> BUCKET) as usize + 1];
+    let counts = h
+        .par_chunks(bias.len())
+        .fold(empty, |mut counts, row| {
+            for (h, b) in row.iter().zip(bias) {
+                let x = (*h + *b).f64();
+                if x > 0.0 {
+                    counts[(x.to_bits() >> BUCKET) as usize] += 1;
+                }
+            }
+            counts
+        })
+        .reduce(empty, |mut a, b| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+            a
+        });
+    let mut above = 0;
+    for (bucket, count) in counts.iter().enumerate().rev() {
+        above += *count as usize;
+        if above >= n {
+            return f64::from_bits((bucket as u64) << BUCKET);
+        }
+    }
+    0.0
+}
+
 /// `h = (x - b_dec) W_enc` and the centred rows: `[rows, F]`, `[rows, d_in]`.
 fn pre<T: Real>(p: &Params<T>, x: &[T], d: usize) -> (Vec<T>, Vec<T>) {
     let (rows, features) = (x.len() / d, p.b_enc.len());
@@ -345,8 +377,8 @@ pub(crate) fn activate<T: Real>(
             (codes, None)
         }
         Loss::BatchTopK { k, .. } => {
-            let mut codes = each(&relu);
-            // More than that many of one row are never kept by a useful dictionary, but they may be: nothing is cut before.
+            let bound = T::of(bound_of_largest(h, &p.b_enc, k * rows));
+            let mut codes = each(&|j, h| relu(j, h).filter(|x| *x >= bound));
             let least = keep_largest_of_all(&mut codes, k * rows);
             (codes, least)
         }

@@ -1,7 +1,7 @@
 //! Gradients against finite differences, the laws of training, and truth that was planted.
 
 use super::config::{Loss, RawSae, SaeConfig};
-use super::gradient::gradients;
+use super::gradient::{activate, gradients};
 use super::params::{Params, uniform};
 use super::trainer::Trainer;
 use antefix_kernels::dense::{Real, Threads};
@@ -219,6 +219,42 @@ fn every_gradient_is_that_of_finite_differences() {
             }
         }
         assert!(checked > 100, "{name}: {checked} gradients that are not 0");
+    }
+}
+
+/// Against sorting all of them: values of many sizes, ties, fewer than asked.
+#[test]
+fn a_batch_keeps_its_largest_features() {
+    let (rows, features) = (20, 13);
+    for (k, size) in [(3, 0.2), (3, 3.0), (13, 1.0), (1, 20.0)] {
+        let mut raw = raw("batchtopk", 6, features);
+        raw.k = Some(k);
+        let cfg = config(raw);
+        let mut p = Params::<f32>::start(&cfg, &[]);
+        p.b_enc
+            .iter_mut()
+            .enumerate()
+            .for_each(|(j, b)| *b = (j % 3) as f32 * 0.25);
+        // Rounded, so that some are equal.
+        let h: Vec<f32> = (0..(rows * features) as u64)
+            .map(|i| ((gauss(7, i) * size).exp() * gauss(8, i).signum() * 8.0).round() as f32 / 8.0)
+            .collect();
+        let (codes, least) = activate(&cfg, &p, &h, rows);
+        let value = |at: usize| h[at] + p.b_enc[at % features];
+        let mut all: Vec<usize> = (0..h.len()).filter(|&at| value(at) > 0.0).collect();
+        all.sort_by(|&a, &b| value(b).total_cmp(&value(a)).then(a.cmp(&b)));
+        all.truncate(k * rows);
+        assert_eq!(
+            least,
+            all.last().map(|&at| f64::from(value(at))),
+            "k {k}, size {size}"
+        );
+        all.sort_unstable();
+        let kept = codes.iter().enumerate();
+        let kept: Vec<usize> = kept
+            .flat_map(|(r, row)| row.iter().map(move |f| r * features + f.0 as usize))
+            .collect();
+        assert_eq!(kept, all, "k {k}, size {size}");
     }
 }
 
