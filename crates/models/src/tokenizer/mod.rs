@@ -312,6 +312,16 @@ impl Tokenizer {
         String::from_utf8_lossy(&self.decode_bytes(ids)).into_owned()
     }
 
+    /// One token to look at: bytes that are no whole character are written as `<0xE4>`.
+    pub fn shown(&self, id: u32) -> String {
+        let mut text = String::new();
+        for chunk in self.token_bytes(id).utf8_chunks() {
+            text += chunk.valid();
+            text.extend(chunk.invalid().iter().map(|b| format!("<0x{b:02X}>")));
+        }
+        text
+    }
+
     /// Whether a token is for control, not for text.
     pub fn is_special(&self, id: u32) -> bool {
         self.vocab.class(id) == Class::Control

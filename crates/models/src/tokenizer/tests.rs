@@ -41,6 +41,17 @@ fn streams_never_split_a_character() {
 }
 
 #[test]
+fn parts_of_characters_are_shown_as_bytes() {
+    let t = tiny(Arch::Qwen2);
+    let shown = |text: &[u8]| -> String {
+        let ids = t.encode_bytes(text, Specials::Plain);
+        ids.iter().map(|&id| t.shown(id)).collect()
+    };
+    assert_eq!(shown("ab 1".as_bytes()), "ab 1");
+    assert_eq!(shown(b"a\xff\xe2\x82"), "a<0xFF><0xE2><0x82>");
+}
+
+#[test]
 fn control_tokens_are_text_unless_parsing_is_allowed() {
     let t = tiny(Arch::Qwen2);
     let control = (0..t.vocab_size() as u32).find(|&id| t.is_special(id)).unwrap();

@@ -133,10 +133,10 @@ fn lines<L: DeserializeOwned, T>(
     Ok(out)
 }
 
-/// How many of `all` items are for training, if any are.
+/// How many of `all` items are for training: what `val` leaves, one at least, if there are any.
 fn training(all: usize, val: f64) -> Option<usize> {
-    let train = all - (all as f64 * val).ceil() as usize;
-    (train > 0).then_some(train)
+    let held_out = (all as f64 * val).ceil() as usize;
+    (all > 0).then(|| (all - held_out).max(1))
 }
 
 /// Files of a folder, or the file itself, in order of their names.

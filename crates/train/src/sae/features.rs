@@ -162,8 +162,9 @@ impl Fired {
                 .map_or(0.0, |i| list[i].1)
         };
         Example {
-            tokens: (from..to)
-                .map(|t| tokenizer.decode(&self.tokens[t..=t]))
+            tokens: self.tokens[from..to]
+                .iter()
+                .map(|&t| tokenizer.shown(t))
                 .collect(),
             values: (from..to).map(value).collect(),
             at: at - from,
@@ -344,7 +345,7 @@ pub fn add_sources(
                 .max_by(|x, y| a.heads[*x].total_cmp(&a.heads[*y]))
                 .unwrap_or(0);
             cards[c].top[e].sources = Some(Sourced {
-                tokens: (from..to).map(|t| tokenizer.decode(&tokens[t..=t])).collect(),
+                tokens: tokens[from..to].iter().map(|&t| tokenizer.shown(t)).collect(),
                 values: sums[from..to].to_vec(),
                 distance: a.pos as usize - best,
                 head,
@@ -412,7 +413,7 @@ pub fn add_logits(model: &Model, tokenizer: &Tokenizer, sae: &Sae, layer: usize,
         for (card, row) in some.iter_mut().zip(logits.chunks_exact(model.spec().vocab)) {
             let mut order: Vec<u32> = (0..row.len() as u32).collect();
             order.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
-            let text = |&t: &u32| (tokenizer.decode(&[t]), row[t as usize]);
+            let text = |&t: &u32| (tokenizer.shown(t), row[t as usize]);
             card.raises = order.iter().take(LOGITS).map(text).collect();
             card.lowers = order.iter().rev().take(LOGITS).map(text).collect();
         }

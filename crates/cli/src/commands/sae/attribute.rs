@@ -71,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let wanted = [(pos as usize, args.feature.clone())];
     let given =
         attribute_text(&loaded.model, &stored.sae, layer, &tokens, &wanted, args.most).map_err(fault)?;
-    let word = |t: usize| loaded.tokenizer.decode(&tokens[t..=t]);
+    let word = |t: usize| loaded.tokenizer.shown(tokens[t]);
     for a in given.iter().flatten() {
         if args.json {
             json_line(&json!({ "token": word(pos as usize), "attribution": a }))?;
