@@ -135,7 +135,7 @@ pub static CLAIM: Claim = Claim {
     says: "Dictionaries of the head outputs of GPT-2 small with about 20 active features give back more than 80 % of the cross-entropy that zeros in \
            their place cost (75 to 99 % by layer).",
     source: "Kissane et al., section 3.2, table of all layers.",
-    rule: "A dictionary of layer 10 with at most 32 active features in the mean: reproduced if it gives back 80 % of the cross-entropy on texts that it \
+    rule: "A dictionary of layer 24 with at most 32 active features in the mean: reproduced if it gives back 80 % of the cross-entropy on texts that it \
            was not trained on, and more than principal components and random directions of as many coefficients do; partly if it only gives \
            back more than these.",
     model: SMOLLM2,

@@ -14,8 +14,8 @@ use crate::sae::baselines::{Pca, random};
 use crate::sae::splice::{Replace, Spliced, measure, recovered};
 use crate::sae::{RawSae, SaeConfig, Trainer};
 
-/// The layer; the last one of shorter models.
-const LAYER: usize = 10;
+/// The layer; the last one of shorter models. Silencing it costs SmolLM2 0.36 nats, most others less than 0.1: too little to tell shares of it apart.
+const LAYER: usize = 24;
 /// Tokens of a row of text.
 const CONTEXT: usize = 128;
 /// Active features in the mean.

@@ -18,7 +18,7 @@ pub struct Pca {
 }
 
 impl Pca {
-    /// The `rank` largest components of `rows: [n, d]`, by subspace iteration in f64.
+    /// The mean and the `rank` largest components (0: the mean alone) of `rows: [n, d]`, by subspace iteration in f64.
     ///
     /// # Panics
     /// When there are no rows, or `rank` is above `d`.

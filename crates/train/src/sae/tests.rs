@@ -613,6 +613,11 @@ fn principal_components_are_those_of_the_covariance() {
     };
     // What is left is the variance of the other seven.
     assert!((error(&made) / 0.07 - 1.0).abs() < 0.1, "{}", error(&made));
+    // Without directions the mean is left, and all the variance.
+    let mean = Pca::fit(&rows, d, 0).project(&rows);
+    assert!(mean.chunks_exact(d).all(|row| row == &mean[..d]));
+    let all: f64 = sizes.iter().map(|s| s * s).sum();
+    assert!((error(&mean) / all - 1.0).abs() < 0.1, "{}", error(&mean));
     let again = pca.project(&made);
     assert!(made.iter().zip(&again).all(|(a, b)| (a - b).abs() < 1e-4));
     // Random directions explain something, and less.

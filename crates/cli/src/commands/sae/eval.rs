@@ -30,7 +30,7 @@ pub(crate) struct Args {
     /// Rows of text that are measured on: the first ones, which `sae harvest --skip` leaves out
     #[arg(long, default_value_t = 64)]
     rows: usize,
-    /// A harvest, from which PCA and random directions are made as baselines of the same number of coefficients
+    /// A harvest, from which baselines are made: the mean row, and PCA and random directions of the same number of coefficients
     #[arg(long, value_name = "FOLDER")]
     baselines: Option<PathBuf>,
     /// Rows of the harvest that baselines are fitted to
@@ -105,6 +105,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             Some(rows.first(args.fit).map_err(fault)?)
         }
     };
+    if let (Some(values), Some((_, sae, _))) = (&fit, all.first()) {
+        let mean = Pca::fit(values, sae.d_in(), 0);
+        say("mean row", &one(&Replace::Pca(Arc::new(mean)), "mean")?)?;
+    }
     for (path, sae, _) in all {
         let got = one(&Replace::Sae(Arc::clone(&sae)), "dictionary")?;
         say(&path.display().to_string(), &got)?;
