@@ -83,7 +83,8 @@ fn question(host: &EngineHost, sample: &Sample, question_after_cut: bool) -> Ask
         },
         answer: Answer::Given(answer),
         logits: true,
-        fresh: true,
+        // Methods that start from the dense prompt find its pages: the same bits, and a prompt is computed once for all of them.
+        fresh: false,
         question_after_cut,
         ..Ask::default()
     }

@@ -11,7 +11,11 @@ use antefix_models::spec::Arch;
 use antefix_models::testing::tiny_gguf;
 use antefix_models::tokenizer::Tokenizer;
 
+use antefix_attention::method::{Answer, Ask, Host, Profiles, Prompt};
+use antefix_papers::ALL;
+
 use super::*;
+use crate::host::EngineHost;
 use crate::tasks::Prose;
 
 fn tiny() -> (Arc<Model>, Arc<Tokenizer>) {
@@ -109,4 +113,46 @@ fn a_full_disk_ends_the_run_with_its_reason() {
         run(&plan(), &kit, &mut runner, &[], full),
         Err(EvalError::Store(_))
     ));
+}
+
+/// What makes `kl` of many policies cheap: a prompt is computed once for all that start from it densely.
+#[test]
+fn beliefs_from_cached_prompts_are_those_from_fresh_ones() {
+    let (model, tokenizer) = tiny();
+    let mut host = EngineHost::with_room(&model, &tokenizer, 512, (ALL, Profiles::default()));
+    let programs = [
+        "snapkv,budget=64",
+        "h2o,budget=64",
+        "streaming_llm,budget=64",
+        "flexprefill",
+    ]
+    .map(|m| host.install(&[m]).unwrap());
+    for question_after_cut in [false, true] {
+        let tokens: Vec<u32> = (0..400)
+            .map(|t| 3 + (t * 7 + u32::from(question_after_cut)) % 90)
+            .collect();
+        let mut ask = Ask {
+            prompt: Prompt {
+                tokens,
+                documents: Vec::new(),
+            },
+            answer: Answer::Given(vec![5, 9, 2]),
+            logits: true,
+            question_after_cut,
+            ..Ask::default()
+        };
+        host.ask(&ask).unwrap();
+        for (i, program) in programs.iter().enumerate() {
+            ask.program = Some(program.clone());
+            ask.fresh = false;
+            let cached = host.ask(&ask).unwrap();
+            ask.fresh = true;
+            let fresh = host.ask(&ask).unwrap();
+            assert_eq!(cached.logits, fresh.logits, "{i}");
+            assert_eq!(fresh.cached_tokens, 0);
+            // A sparse prompt is computed by its own method from the start.
+            let reused = cached.cached_tokens;
+            assert!(if i == 3 { reused == 0 } else { reused >= 256 }, "{i}: {reused}");
+        }
+    }
 }
