@@ -1,4 +1,4 @@
-"""Tokens per second of a full training step in PyTorch: the twin of crates/train/examples/step.rs.
+"""Tokens per second of a full training step in PyTorch: the twin of crates/train/examples/step.
 
     python bench/train_step.py gpt [STEPS]
     python bench/train_step.py lora [STEPS]   # a model of SmolLM2-135M's sizes, LoRA r 8 on q and v
