@@ -10,6 +10,7 @@ use antefix_models::files::{ModelFiles, Role};
 use antefix_models::spec::{ModelSpec, RopeStyle};
 use candle_core::{Device, Tensor};
 
+use super::gpt::residual_range;
 use super::layer::{Layer, Projection, Weights};
 use super::lora::{Lora, LoraSpec};
 use super::params::{Init, Params};
@@ -109,9 +110,8 @@ impl Builder<'_> {
                 let init = match role {
                     _ if role.is_norm() => Init::Constant(1.0),
                     Role::AttnQBias(_) | Role::AttnKBias(_) | Role::AttnVBias(_) => Init::Constant(0.0),
-                    // Residual branches start smaller, by the number of them (GPT-2).
                     Role::AttnOut(_) | Role::FfnDown(_) => {
-                        Init::Normal(range / (2.0 * self.spec.layers as f64).sqrt())
+                        Init::Normal(residual_range(range, self.spec.layers))
                     }
                     _ => Init::Normal(range),
                 };

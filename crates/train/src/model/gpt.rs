@@ -15,6 +15,11 @@ use crate::ops::{self, Attention};
 /// Standard deviation of fresh matrices where nothing is said (GPT-2).
 pub const INITIALIZER_RANGE: f64 = 0.02;
 
+/// Standard deviation of fresh matrices that write to the residual stream: smaller by the number of them (GPT-2).
+pub(super) fn residual_range(range: f64, layers: usize) -> f64 {
+    range / (2.0 * layers as f64).sqrt()
+}
+
 /// What a recipe says of a small model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -54,11 +59,6 @@ impl Default for RawGpt {
 }
 
 impl RawGpt {
-    /// Standard deviation of fresh matrices that write to the residual stream (GPT-2).
-    fn residual_range(&self) -> f64 {
-        self.initializer_range / (2.0 * self.layers as f64).sqrt()
-    }
-
     /// How many numbers such a model has, at least; saturating.
     pub fn parameters(&self) -> usize {
         let block = self.d.saturating_mul(
@@ -137,7 +137,10 @@ impl SelfAttention {
                 seed,
             )
         };
-        let (range, residual) = (raw.initializer_range, raw.residual_range());
+        let (range, residual) = (
+            raw.initializer_range,
+            residual_range(raw.initializer_range, raw.layers),
+        );
         Ok(Self {
             heads: raw.heads,
             kv_heads: raw.kv_heads,
@@ -235,7 +238,10 @@ impl Gpt {
     pub fn with_mixers(raw: &RawGpt, seed: u64, mixer: &mut MakeMixer<'_>) -> Result<Self, TrainError> {
         raw.check()?;
         let mut params = Params::default();
-        let (range, residual) = (raw.initializer_range, raw.residual_range());
+        let (range, residual) = (
+            raw.initializer_range,
+            residual_range(raw.initializer_range, raw.layers),
+        );
         let tokens = params.fresh("wte.weight", &[raw.vocab, raw.d], Init::Normal(range), seed)?;
         let positions = params.fresh("wpe.weight", &[raw.context, raw.d], Init::Normal(range), seed)?;
         let mut blocks = Vec::new();
