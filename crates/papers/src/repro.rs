@@ -149,6 +149,8 @@ pub struct Quiz {
     pub seed: u64,
     /// A cache policy decides before it has seen the question.
     pub question_after_cut: bool,
+    /// A prompt is computed once for all methods that start from it densely: the same answers, but no times to the first token.
+    pub reuse_prompts: bool,
 }
 
 /// How questions were answered.

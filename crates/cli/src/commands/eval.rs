@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use antefix_attention::method::Program;
 use antefix_engine::JobError;
-use antefix_lab::eval::{self, EvalError, Plan, Record, Row, Runner, Step};
+use antefix_lab::eval::{self, EvalError, Plan, Record, Row, Runner, Setting, Step};
 use antefix_lab::tasks::{Kit, Prose, Task};
 use antefix_models::decoder::Model;
 use anyhow::{Context, anyhow};
@@ -38,6 +38,10 @@ pub(crate) struct Args {
     /// A cache policy decides before it has seen the question
     #[arg(long)]
     question_after_cut: bool,
+    /// Compute a prompt once for all methods that start from it densely (cache policies, planners of decoding): the same answers, but the
+    /// times to the first token are those of cached prompts
+    #[arg(long)]
+    reuse_prompts: bool,
     /// Prompt lengths in tokens
     #[arg(long, value_delimiter = ',', default_value = "2048,4096")]
     lengths: Vec<usize>,
@@ -122,30 +126,46 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if plan.tasks.is_empty() {
         return Ok(());
     }
-    let (mut rows, mut methods) = (Vec::new(), Vec::new());
-    for program in programs {
-        let mut runner = Runner::new(
-            &model,
-            &tokenizer,
-            (&args.model.model, longest + 128),
-            program,
-            args.question_after_cut,
-        );
-        methods.push(runner.method());
-        run_tasks(
-            args,
-            (&plan, &kit),
-            &mut runner,
-            (&earlier, store.as_mut()),
-            &mut rows,
-        )?;
+    let mut setting = Setting {
+        name: &args.model.model,
+        context: longest + 128,
+        kept_prompts: 0,
+        question_after_cut: args.question_after_cut,
+    };
+    // With kept prompts all methods go through one cell after the other, on one engine; else all cells through one method after the other.
+    let (plans, groups): (_, Vec<&[_]>) = match args.reuse_prompts {
+        true => {
+            setting.kept_prompts = plan.samples;
+            (plan.cells(), vec![&programs])
+        }
+        false => (vec![plan.clone()], programs.chunks(1).collect()),
+    };
+    let mut rows = Vec::new();
+    for programs in groups {
+        let mut runner = Runner::new(&model, &tokenizer, &setting, programs);
+        for plan in &plans {
+            for program in programs {
+                runner.under(program.clone());
+                run_tasks(
+                    args,
+                    (plan, &kit),
+                    &mut runner,
+                    (&earlier, store.as_mut()),
+                    &mut rows,
+                )?;
+            }
+        }
     }
     if let Some(path) = &args.report {
         let about = [
             format!(
                 "Model {}, method {}, seed {}, {} samples a cell.",
                 args.model.model,
-                methods.join(" | "),
+                programs
+                    .iter()
+                    .map(|p| distance::named(p.as_ref(), args.question_after_cut))
+                    .collect::<Vec<_>>()
+                    .join(" | "),
                 plan.seed,
                 plan.samples
             ),

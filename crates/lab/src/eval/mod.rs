@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 pub use belief::{BeliefError, Cell, KlRow, beliefs};
 pub use report::{html, table};
-pub use run::{Answer, Runner};
+pub use run::{Answer, Runner, Setting};
 
 use crate::tasks::{Kit, Task, TaskError};
 
@@ -26,6 +26,32 @@ pub struct Plan {
     pub samples: usize,
     /// Decides needles, filler and places. Sample `i` of a cell is the same for every method.
     pub seed: u64,
+}
+
+impl Plan {
+    /// A plan for each cell: what is run cell by cell keeps only the prompts of one ([`Setting::kept_prompts`]).
+    pub fn cells(&self) -> Vec<Self> {
+        let of = |&(task, length, depth): &(Task, usize, Option<f64>)| Self {
+            tasks: vec![task],
+            lengths: vec![length],
+            depths: depth.into_iter().collect(),
+            ..self.clone()
+        };
+        self.places().iter().map(of).collect()
+    }
+
+    /// Task, length and depth of each cell; no depth for tasks without a place.
+    fn places(&self) -> Vec<(Task, usize, Option<f64>)> {
+        let lengths = |&task: &Task| self.lengths.iter().map(move |&length| (task, length));
+        let depths = |(task, length): (Task, usize)| {
+            let depths = match task.has_depth() {
+                true => self.depths.iter().copied().map(Some).collect(),
+                false => vec![None],
+            };
+            depths.into_iter().map(move |depth| (task, length, depth))
+        };
+        self.tasks.iter().flat_map(lengths).flat_map(depths).collect()
+    }
 }
 
 /// One sample and what became of it: the unit in which runs are stored and resumed.
@@ -185,19 +211,7 @@ pub fn run(
     earlier: &[Record],
     mut hear: impl FnMut(Step<'_>) -> std::io::Result<()>,
 ) -> Result<Vec<Row>, EvalError> {
-    let cells: Vec<(Task, usize, Option<f64>)> = plan
-        .tasks
-        .iter()
-        .flat_map(|&task| plan.lengths.iter().map(move |&length| (task, length)))
-        .flat_map(|(task, length)| {
-            let depths = if task.has_depth() {
-                plan.depths.iter().copied().map(Some).collect()
-            } else {
-                vec![None]
-            };
-            depths.into_iter().map(move |depth| (task, length, depth))
-        })
-        .collect();
+    let cells = plan.places();
     let all = cells.len() * plan.samples;
     let (mut done, mut out) = (0, Vec::new());
     for (task, length, depth) in cells {

@@ -11,7 +11,7 @@ use antefix_models::spec::Arch;
 use antefix_models::testing::tiny_gguf;
 use antefix_models::tokenizer::Tokenizer;
 
-use antefix_attention::method::{Answer, Ask, Host, Profiles, Prompt};
+use antefix_attention::method::{Answer, Ask, Host, Profiles, Program, Prompt};
 use antefix_papers::ALL;
 
 use super::*;
@@ -37,6 +37,21 @@ fn plan() -> Plan {
     }
 }
 
+fn runner(
+    model: &Arc<Model>,
+    tokenizer: &Arc<Tokenizer>,
+    kept_prompts: usize,
+    programs: &[Option<Arc<Program>>],
+) -> Runner {
+    let setting = Setting {
+        name: "tiny",
+        context: 512,
+        kept_prompts,
+        question_after_cut: false,
+    };
+    Runner::new(model, tokenizer, &setting, programs)
+}
+
 #[test]
 fn what_was_stored_is_not_computed_again() {
     let (model, tokenizer) = tiny();
@@ -48,7 +63,7 @@ fn what_was_stored_is_not_computed_again() {
         shots: 0,
     };
     let go = |earlier: &[Record]| {
-        let mut runner = Runner::new(&model, &tokenizer, ("tiny", 512), None, false);
+        let mut runner = runner(&model, &tokenizer, 0, &[None]);
         let (mut records, mut computed) = (Vec::new(), 0);
         let rows = run(&plan(), &kit, &mut runner, earlier, |step| {
             if let Step::Sample { record, new, .. } = step {
@@ -107,12 +122,49 @@ fn a_full_disk_ends_the_run_with_its_reason() {
         digits: 4,
         shots: 0,
     };
-    let mut runner = Runner::new(&model, &tokenizer, ("tiny", 512), None, false);
+    let mut runner = runner(&model, &tokenizer, 0, &[None]);
     let full = |_: Step<'_>| Err(std::io::Error::other("no space"));
     assert!(matches!(
         run(&plan(), &kit, &mut runner, &[], full),
         Err(EvalError::Store(_))
     ));
+}
+
+#[test]
+fn kept_prompts_give_the_answers_of_fresh_ones() {
+    let (model, tokenizer) = tiny();
+    let host = EngineHost::with_room(&model, &tokenizer, 512, (ALL, Profiles::default()));
+    let methods = ["snapkv,budget=64", "quest,least=64", "flexprefill"];
+    let mut programs = vec![None];
+    programs.extend(methods.map(|m| Some(host.install(&[m]).unwrap())));
+    let prose = Prose::Generated;
+    let kit = Kit {
+        tokenizer: &tokenizer,
+        prose: &prose,
+        digits: 4,
+        shots: 0,
+    };
+    let samples = [7, 8].map(|seed| Task::Needle.sample(&kit, 400, 0.5, seed).unwrap());
+    let (mut fresh, mut kept) = (
+        runner(&model, &tokenizer, 0, &programs),
+        runner(&model, &tokenizer, 2, &programs),
+    );
+    for (i, program) in programs.iter().enumerate() {
+        fresh.under(program.clone());
+        kept.under(program.clone());
+        for sample in &samples {
+            let (fresh, kept) = (fresh.ask(sample).unwrap(), kept.ask(sample).unwrap());
+            assert_eq!((&fresh.text, fresh.kept), (&kept.text, kept.kept), "{i}");
+            assert_eq!(fresh.cached_tokens, 0);
+            // A sparse prompt is computed by its own method from the start.
+            assert_eq!(
+                kept.cached_tokens >= 256,
+                i == 1 || i == 2,
+                "{i}: {}",
+                kept.cached_tokens
+            );
+        }
+    }
 }
 
 /// What makes `kl` of many policies cheap: a prompt is computed once for all that start from it densely.

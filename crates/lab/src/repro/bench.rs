@@ -16,7 +16,7 @@ use antefix_papers::repro::{
 use antefix_papers::retrieval_heads::mask::Mask;
 
 use super::text::text;
-use crate::eval::{self, Cell, EvalError, Plan, Runner};
+use crate::eval::{self, Cell, EvalError, Plan, Row, Runner, Setting};
 use crate::heads::{self, HeadsError, MaskCurve, NeedleRuns, Pattern, Search, Subject};
 use crate::host::EngineHost;
 use crate::reuse::{self, Sizes};
@@ -135,6 +135,15 @@ impl Bench {
     }
 }
 
+fn recall(rows: &[Row]) -> Recall {
+    Recall {
+        n: rows.iter().map(|r| r.n).sum(),
+        accuracy: mean(rows.iter().map(|r| r.accuracy)),
+        kept: mean(rows.iter().map(|r| r.kept)),
+        ttft_s: median(&rows.iter().map(|r| r.ttft_s).collect::<Vec<_>>()),
+    }
+}
+
 impl Drop for Bench {
     fn drop(&mut self) {
         // Nothing there if no head was measured.
@@ -195,25 +204,26 @@ impl Lab for Bench {
             samples: quiz.samples,
             seed: quiz.seed,
         };
-        let mut out = Vec::with_capacity(ways.len());
-        for way in ways {
-            let mut runner = Runner::new(
-                &self.subject.model,
-                &self.subject.tokenizer,
-                (&self.subject.name, Self::room(quiz.length)),
-                self.program(way)?,
-                quiz.question_after_cut,
-            );
-            let rows = eval::run(&plan, &self.kit(quiz.digits), &mut runner, &[], |_| Ok(()));
-            let rows = rows.map_err(of_eval)?;
-            out.push(Recall {
-                n: rows.iter().map(|r| r.n).sum(),
-                accuracy: mean(rows.iter().map(|r| r.accuracy)),
-                kept: mean(rows.iter().map(|r| r.kept)),
-                ttft_s: median(&rows.iter().map(|r| r.ttft_s).collect::<Vec<_>>()),
-            });
+        let programs = ways
+            .iter()
+            .map(|way| self.program(way))
+            .collect::<Result<Vec<_>, _>>()?;
+        let setting = Setting {
+            name: &self.subject.name,
+            context: Self::room(quiz.length),
+            kept_prompts: if quiz.reuse_prompts { quiz.samples } else { 0 },
+            question_after_cut: quiz.question_after_cut,
+        };
+        let (kit, subject) = (self.kit(quiz.digits), &self.subject);
+        let mut runner = Runner::new(&subject.model, &subject.tokenizer, &setting, &programs);
+        let mut found = vec![Vec::new(); programs.len()];
+        for cell in plan.cells() {
+            for (program, found) in programs.iter().zip(&mut found) {
+                runner.under(program.clone());
+                found.extend(eval::run(&cell, &kit, &mut runner, &[], |_| Ok(())).map_err(of_eval)?);
+            }
         }
-        Ok(out)
+        Ok(found.iter().map(|rows| recall(rows)).collect())
     }
 
     fn beliefs(&mut self, quiz: &Quiz, ways: &[Way<'_>]) -> Result<Vec<Vec<Belief>>, LabError> {

@@ -100,6 +100,7 @@ fn dense_believes_what_dense_believes() {
         digits: 3,
         seed: 2,
         question_after_cut: false,
+        reuse_prompts: false,
     };
     let ways: [&[&str]; 2] = [&[], &["streaming_llm,sinks=4,budget=36"]];
     let found = bench.beliefs(&quiz, &ways).unwrap();
@@ -182,6 +183,7 @@ fn what_heads_do_is_measured_once_and_kept_for_methods() {
         digits: 3,
         seed: 2,
         question_after_cut: true,
+        reuse_prompts: false,
     };
     let razor = "razor_attention,buffer=32,fraction=0,profile=repro";
     assert!(bench.recall(&quiz, &[&[razor]]).unwrap()[0].kept < 1.0);

@@ -151,6 +151,7 @@ fn trial(lab: &mut dyn Lab, scale: Scale, seed: u64) -> Result<Trial, LabError> 
         // Other examples than those that chose the heads.
         seed: 104_729 * seed,
         question_after_cut: false,
+        reuse_prompts: false,
     };
     let found = lab.beliefs(&quiz, &chosen)?;
     let recall = lab.recall(&quiz, &chosen[..2])?;

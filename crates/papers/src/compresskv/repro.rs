@@ -43,6 +43,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         digits: 3,
         seed: 1,
         question_after_cut: false,
+        reuse_prompts: true,
     };
     let names = [
         "dense".to_string(),

@@ -45,6 +45,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
             digits: 3,
             seed: 1,
             question_after_cut: false,
+            reuse_prompts: false,
         };
         let recalls = lab.recall(&quiz, &WAYS)?;
         for (recall, way) in recalls.iter().zip(WAYS) {

@@ -43,6 +43,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         digits: 3,
         seed: 1,
         question_after_cut: true,
+        reuse_prompts: true,
     };
     let razor = |heads: &str| format!("razor_attention,buffer=64,fraction=0.2,{heads}profile={PROFILE}");
     let rows_kept = (length as f64 * KEPT) as usize;

@@ -47,6 +47,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         digits: 5,
         seed: 1,
         question_after_cut: false,
+        reuse_prompts: true,
     };
     let few = ["dense".to_string()]
         .into_iter()

@@ -166,7 +166,7 @@ impl Subject<'_> {
 }
 
 /// What rows call a program.
-fn named(program: Option<&Arc<Program>>, question_after_cut: bool) -> String {
+pub(super) fn named(program: Option<&Arc<Program>>, question_after_cut: bool) -> String {
     let after = if question_after_cut {
         " (question after the cut)"
     } else {
