@@ -105,7 +105,7 @@ pub fn forecast(scale: Scale) -> Result<Arm, String> {
         name: "multi_sine".into(),
         problem: Box::new(Forecast::new(&series, 96, 24)?),
         size: [64, 8, 2, 128],
-        plan: plan(scale.pick(1, 8), 4),
+        plan: plan(scale.pick(1, 24), 8),
         figure: ("mse", false),
     })
 }
