@@ -238,14 +238,25 @@ impl Reads<'_> {
 impl Packed {
     /// Copies the keys that are read of a page.
     fn push_all(&mut self, dim: usize, view: &View<'_>) {
-        let mut left = view.rows;
+        let mut left = u64::from(view.rows);
         while left != 0 {
-            self.push(dim, &view.page, left.trailing_zeros() as usize);
-            left &= left - 1;
+            let from = left.trailing_zeros() as usize;
+            let n = (left >> from).trailing_ones() as usize;
+            self.push(dim, &view.page, from..from + n);
+            left &= u64::MAX << (from + n);
         }
     }
 
-    fn push(&mut self, dim: usize, from: &Page<'_>, from_row: usize) {
+    /// Copies rows side by side, into the next page where one is full.
+    fn push(&mut self, dim: usize, from: &Page<'_>, mut rows: Range<usize>) {
+        while !rows.is_empty() {
+            let n = rows.len().min(PAGE_ROWS - self.count % PAGE_ROWS);
+            self.push_within(dim, from, rows.start..rows.start + n);
+            rows.start += n;
+        }
+    }
+
+    fn push_within(&mut self, dim: usize, from: &Page<'_>, rows: Range<usize>) {
         let part = PAGE_ROWS * dim;
         let (page, row) = (self.count / PAGE_ROWS, self.count % PAGE_ROWS);
         let (at, end) = (page * part, (page + 1) * part);
@@ -267,8 +278,8 @@ impl Packed {
                 }
             }
         };
-        to.copy_row(row, from, from_row);
-        self.count += 1;
+        self.count += rows.len();
+        to.copy_rows(row, from, rows);
     }
 
     /// Appends the pages of the copied keys.

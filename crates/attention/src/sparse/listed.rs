@@ -22,10 +22,11 @@ impl PlanView<'_> {
             if run.len() > PACKED as usize {
                 whole.push((page, at, run));
             } else {
-                for (i, key) in run.iter().enumerate() {
-                    packed.copy(&page, *key as usize % PAGE_ROWS);
-                    places.push(at + i);
+                for side_by_side in run.chunk_by(|a, b| a + 1 == *b) {
+                    let row = side_by_side[0] as usize % PAGE_ROWS;
+                    packed.copy(&page, row..row + side_by_side.len());
                 }
+                places.extend(at..at + run.len());
             }
             at += run.len();
         }

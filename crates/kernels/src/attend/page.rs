@@ -1,5 +1,7 @@
 //! Pages: 32 keys and values of one (layer, KV head), laid out for the kernels.
 
+use std::ops::Range;
+
 use antefix_state::PAGE_ROWS;
 
 /// Keys of half a page stand side by side: a vector load takes one dimension (or pair) of 16 keys.
@@ -137,14 +139,18 @@ impl KeyPages {
         self.len += 1;
     }
 
-    /// Appends a copy of the key in `row` of a page of the same layout.
+    /// Appends copies of the keys in `rows` of a page of the same layout.
     ///
     /// # Panics
     /// When the layouts differ.
-    pub fn copy(&mut self, from: &Page<'_>, row: usize) {
-        let to = self.len % PAGE_ROWS;
-        self.next().copy_key(to, from, row);
-        self.len += 1;
+    pub fn copy(&mut self, from: &Page<'_>, mut rows: Range<usize>) {
+        while !rows.is_empty() {
+            let to = self.len % PAGE_ROWS;
+            let n = rows.len().min(PAGE_ROWS - to);
+            self.next().copy_keys(to, from, rows.start..rows.start + n);
+            self.len += n;
+            rows.start += n;
+        }
     }
 
     /// The page that the next key goes to.

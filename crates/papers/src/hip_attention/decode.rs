@@ -71,7 +71,7 @@ static CARD: Card = Card {
             help: "Drawn tokens that read what the first of them has found",
             source: "the paper",
         },
-        unit_keys(8, "ours: the most that finds single facts as those of 2 do; the paper has 2"),
+        unit_keys(8, "ours: 32 lose single facts; the paper has 2"),
         KEY_STRIDE,
         SAMPLE,
         sinks(16, "the published code"),

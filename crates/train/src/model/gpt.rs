@@ -89,9 +89,9 @@ impl RawGpt {
             }
         }
         let range = self.initializer_range;
-        if !(range > 0.0 && range <= 1.0) {
+        if !(1e-6..=1.0).contains(&range) {
             return Err(TrainError::Recipe(format!(
-                "`model.initializer_range` is {range}; it is above 0 and at most 1"
+                "`model.initializer_range` is {range}; it is from 0.000001 to 1"
             )));
         }
         if !self.d.is_multiple_of(self.heads) || !self.heads.is_multiple_of(self.kv_heads) {
