@@ -37,6 +37,15 @@ fn plan() -> Plan {
     }
 }
 
+fn kit(tokenizer: &Tokenizer) -> Kit<'_> {
+    Kit {
+        tokenizer,
+        prose: &Prose::Generated,
+        digits: 4,
+        shots: 0,
+    }
+}
+
 fn runner(
     model: &Arc<Model>,
     tokenizer: &Arc<Tokenizer>,
@@ -55,13 +64,7 @@ fn runner(
 #[test]
 fn what_was_stored_is_not_computed_again() {
     let (model, tokenizer) = tiny();
-    let prose = Prose::Generated;
-    let kit = Kit {
-        tokenizer: &tokenizer,
-        prose: &prose,
-        digits: 4,
-        shots: 0,
-    };
+    let kit = kit(&tokenizer);
     let go = |earlier: &[Record]| {
         let mut runner = runner(&model, &tokenizer, 0, &[None]);
         let (mut records, mut computed) = (Vec::new(), 0);
@@ -115,13 +118,7 @@ fn rows_are_means_of_their_cells() {
 #[test]
 fn a_full_disk_ends_the_run_with_its_reason() {
     let (model, tokenizer) = tiny();
-    let prose = Prose::Generated;
-    let kit = Kit {
-        tokenizer: &tokenizer,
-        prose: &prose,
-        digits: 4,
-        shots: 0,
-    };
+    let kit = kit(&tokenizer);
     let mut runner = runner(&model, &tokenizer, 0, &[None]);
     let full = |_: Step<'_>| Err(std::io::Error::other("no space"));
     assert!(matches!(
@@ -137,13 +134,7 @@ fn kept_prompts_give_the_answers_of_fresh_ones() {
     let methods = ["snapkv,budget=64", "quest,least=64", "flexprefill"];
     let mut programs = vec![None];
     programs.extend(methods.map(|m| Some(host.install(&[m]).unwrap())));
-    let prose = Prose::Generated;
-    let kit = Kit {
-        tokenizer: &tokenizer,
-        prose: &prose,
-        digits: 4,
-        shots: 0,
-    };
+    let kit = kit(&tokenizer);
     let samples = [7, 8].map(|seed| Task::Needle.sample(&kit, 400, 0.5, seed).unwrap());
     let (mut fresh, mut kept) = (
         runner(&model, &tokenizer, 0, &programs),
