@@ -163,7 +163,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
                 args.model.model,
                 programs
                     .iter()
-                    .map(|p| distance::named(p.as_ref(), args.question_after_cut))
+                    .map(|p| eval::method_name(p.as_deref(), args.question_after_cut))
                     .collect::<Vec<_>>()
                     .join(" | "),
                 plan.seed,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 pub use belief::{BeliefError, Cell, KlRow, beliefs};
 pub use report::{html, table};
-pub use run::{Answer, Runner, Setting};
+pub use run::{Answer, Runner, Setting, method_name};
 
 use crate::tasks::{Kit, Task, TaskError};
 

@@ -25,6 +25,15 @@ pub struct Answer {
     pub cached_tokens: usize,
 }
 
+/// What rows call a program, dense attention for `None`.
+pub fn method_name(program: Option<&Program>, question_after_cut: bool) -> String {
+    let after = match question_after_cut {
+        true => " (question after the cut)",
+        false => "",
+    };
+    program.map_or("dense".into(), |p| p.tag() + after)
+}
+
 /// How questions are asked.
 #[derive(Debug, Clone, Copy)]
 pub struct Setting<'a> {
@@ -83,11 +92,7 @@ impl Runner {
 
     /// The method with its settings.
     pub fn method(&self) -> String {
-        let after = match self.question_after_cut {
-            true => " (question after the cut)",
-            false => "",
-        };
-        self.program.as_ref().map_or("dense".into(), |p| p.tag() + after)
+        method_name(self.program.as_deref(), self.question_after_cut)
     }
 
     /// The model's name.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use antefix_attention::method::Program;
-use antefix_lab::eval::{BeliefError, Cell, KlRow, Plan, beliefs};
+use antefix_lab::eval::{BeliefError, Cell, KlRow, Plan, beliefs, method_name};
 use antefix_lab::host::EngineHost;
 use antefix_lab::likelihood::{PplRow, by_position, of_answers};
 use antefix_lab::perplexity::PerplexityError;
@@ -72,7 +72,7 @@ impl Subject<'_> {
                 let found = beliefs(&mut host, kit, &cell, self.programs);
                 let found = found.map_err(|e: BeliefError| Failure::input(e))?;
                 for (program, beliefs) in self.programs.iter().zip(&found) {
-                    let method = named(program.as_ref(), args.question_after_cut);
+                    let method = method_name(program.as_deref(), args.question_after_cut);
                     let row = KlRow::new(&method, &cell, beliefs);
                     match args.json {
                         true => json_line(&row)?,
@@ -134,7 +134,7 @@ impl Subject<'_> {
         length: usize,
         program: Option<&Arc<Program>>,
     ) -> Result<Vec<PplRow>, Failure> {
-        let method = named(program, false);
+        let method = method_name(program.map(|p| &**p), false);
         let text = Passages {
             texts: plan.samples,
             length,
@@ -163,14 +163,4 @@ impl Subject<'_> {
             of_answers(&mut host, kit.prose, &text, scored, program).map_err(Failure::input)?;
         Ok(vec![PplRow::new(&method, length, &stretch, kept)])
     }
-}
-
-/// What rows call a program.
-pub(super) fn named(program: Option<&Arc<Program>>, question_after_cut: bool) -> String {
-    let after = if question_after_cut {
-        " (question after the cut)"
-    } else {
-        ""
-    };
-    program.map_or("dense".into(), |p| p.tag() + after)
 }
