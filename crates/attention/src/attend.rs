@@ -155,6 +155,12 @@ pub fn attend(
     }
     let started = std::time::Instant::now();
     let (group, heads, dim) = (geometry.group(), geometry.kv_heads, geometry.dim);
+    let plans = sparse::stretches((cpu, team), pool, (layer, rope), geometry, seqs, q);
+    let planned = |i: usize| !plans[i].is_empty();
+    let others = (0..seqs.len())
+        .any(|i| planned(i) && !sharing.own.contains(&i))
+        .then(|| Sharing::but_for(seqs, planned));
+    let sharing = others.as_ref().unwrap_or(sharing);
 
     // Where every row's states will lie: first the tree, [partition][head][tree row][g]; then the blocks, [block][head][row][g].
     let tree_rows = sharing.tree.len() * group;
@@ -171,7 +177,6 @@ pub fn attend(
     }
     let mut total = partitions * heads * tree_rows;
     let tokens = (BLOCK_ROWS / group).max(1);
-    let plans = sparse::stretches((cpu, team), pool, (layer, rope), geometry, seqs, q);
     let mut blocks = Vec::new();
     for &seq in &sharing.own {
         let s = &seqs[seq];

@@ -55,7 +55,7 @@ impl SeqRows<'_> {
 
     /// Whether it is attended in blocks of its own rows.
     fn stands_alone(&self) -> bool {
-        self.rows >= OWN_BLOCKS_FROM || self.rows > 0 && self.planning().is_some()
+        self.rows >= OWN_BLOCKS_FROM
     }
 
     fn tree_rows(&self) -> impl Iterator<Item = TreeRow> + use<> {
@@ -98,7 +98,7 @@ pub(crate) struct TreeRow {
     pub(crate) pos: u32,
 }
 
-/// The plan of work of one batch, the same for all layers.
+/// The plan of work of one batch, the same for all layers where no short sequence reads by a plan.
 #[derive(Debug, Clone, Default)]
 pub struct Sharing {
     /// Rows of short sequences in depth-first order.
@@ -112,9 +112,14 @@ pub struct Sharing {
 impl Sharing {
     /// Finds the sharing of a batch.
     pub fn of(seqs: &[SeqRows<'_>]) -> Self {
+        Self::but_for(seqs, |_| false)
+    }
+
+    /// The same in a layer where the sequences `planned` read keys of their own choice, and so share no reads.
+    pub(crate) fn but_for(seqs: &[SeqRows<'_>], planned: impl Fn(usize) -> bool) -> Self {
         let (own, mut short): (Vec<usize>, Vec<usize>) = (0..seqs.len())
             .filter(|&i| seqs[i].rows > 0)
-            .partition(|&i| seqs[i].stands_alone());
+            .partition(|&i| seqs[i].stands_alone() || planned(i));
         let table = |i: usize| -> &[PageId] { &seqs[i].kv.pages(0, 0)[..seqs[i].pages()] };
         short.sort_by(|&a, &b| table(a).cmp(table(b)).then(a.cmp(&b)));
 

@@ -1,11 +1,17 @@
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
 use antefix_kernels::attend::KvDtype;
 use antefix_kernels::cpu::Cpu;
 use antefix_kernels::ops::{Rope, RopeStyle};
 use antefix_kernels::team::Team;
 use antefix_kv::{KvShape, Pool, SeqKv};
 use antefix_state::PAGE_ROWS;
+use antefix_state::plan::{Cover, Plan, Unit};
 
 use super::*;
+use crate::method::Planner;
+use crate::sparse::{PlanView, Planning};
 
 const HEADS: usize = 6;
 const SHAPE: KvShape = KvShape {
@@ -96,6 +102,17 @@ impl Batch {
 
     /// Attends the given (sequence, from row, to row) parts together.
     fn run(&self, threads: usize, geometry: &Geometry, parts: &[(usize, usize, usize)]) -> Vec<Vec<f32>> {
+        self.run_under(threads, geometry, parts, |_| None)
+    }
+
+    /// The same, each sequence under its planning.
+    fn run_under<'a>(
+        &'a self,
+        threads: usize,
+        geometry: &Geometry,
+        parts: &[(usize, usize, usize)],
+        planning: impl Fn(usize) -> Option<&'a Planning>,
+    ) -> Vec<Vec<f32>> {
         let mut seqs = Vec::new();
         let mut q = Vec::new();
         let mut first = 0;
@@ -105,7 +122,10 @@ impl Batch {
                 first,
                 rows: to - from,
                 pos0: (self.seqs[i].0.len() + from) as u32,
-                extra: Extra::default(),
+                extra: Extra {
+                    planning: planning(i),
+                    ..Extra::default()
+                },
             });
             first += to - from;
             (from..to).for_each(|r| q.extend(Self::query(i, r)));
@@ -240,22 +260,91 @@ fn a_row_gets_the_same_bits_whoever_is_beside_it() {
     }
 }
 
+/// Rows read everything, or the first key, the last ten and their own.
+#[derive(Debug)]
+enum Reads {
+    Everything,
+    Few,
+}
+
+impl Planner for Reads {
+    fn grain(&self) -> NonZeroUsize {
+        NonZeroUsize::MIN
+    }
+
+    fn plan(&self, view: &PlanView<'_>) -> Plan {
+        match self {
+            Self::Everything => view.dense(),
+            Self::Few => view.plan(Unit::KvGroup, |_| Cover::a_shape(1, view.queries(), 1, 10)),
+        }
+    }
+}
+
+fn planning(reads: Reads) -> Planning {
+    Planning::new(Some(Arc::new(reads)), None, usize::MAX)
+}
+
 #[test]
-fn shared_pages_are_read_once() {
+fn shared_pages_are_read_once_whether_rows_are_planned_or_not() {
     let mut b = Batch::new();
     let root = b.root(20 * PAGE_ROWS, 3);
     for _ in 0..8 {
         b.branch(&root, 3, 1);
     }
+    let planning = planning(Reads::Everything);
     let rows = |k: usize| SeqRows {
         kv: &b.seqs[k].0,
         first: k,
         rows: 1,
         pos0: b.seqs[k].0.len() as u32,
-        extra: Extra::default(),
+        extra: Extra {
+            planning: k.is_multiple_of(2).then_some(&planning),
+            ..Extra::default()
+        },
     };
     let seqs: Vec<SeqRows<'_>> = (0..8).map(rows).collect();
     assert_eq!(Sharing::of(&seqs).pages_read(), (20 + 8, 21 * 8));
+    // In a layer where two of them read keys of their own choice, the other six share theirs.
+    let others = Sharing::but_for(&seqs, |i| i < 2);
+    assert_eq!(
+        (others.pages_read(), &others.own[..]),
+        ((20 + 6, 21 * 6), &[0, 1][..])
+    );
+}
+
+#[test]
+fn planned_rows_beside_others_on_the_same_pages_get_the_bits_they_get_alone() {
+    let mut b = Batch::new();
+    let root = b.root(1100, 3);
+    for rows in [1, 3, 1, 20, 2, 1] {
+        b.branch(&root, 3, rows);
+    }
+    let (everything, few) = (planning(Reads::Everything), planning(Reads::Few));
+    let of = |i: usize| {
+        [
+            None,
+            Some(&few),
+            Some(&everything),
+            Some(&few),
+            None,
+            Some(&everything),
+        ][i]
+    };
+    for g in geometries() {
+        let together = b.run_under(2, &g, &b.whole(), of);
+        let mut alone = Vec::new();
+        for part in b.whole() {
+            alone.extend(b.run_under(1, &g, &[part], of));
+        }
+        assert_eq!(together, alone, "{g:?}");
+        let dense = b.run(2, &g, &b.whole());
+        let changed: Vec<bool> = together.iter().zip(&dense).map(|(x, y)| x != y).collect();
+        // Rows 1 to 3 and 5 to 24 are those that read few keys; layers with a window are never planned.
+        let want: Vec<bool> = (0..28)
+            .map(|r| g.window.is_none() && ((1..4).contains(&r) || (5..25).contains(&r)))
+            .collect();
+        assert_eq!(changed, want, "{g:?}");
+    }
 }
 
 #[test]

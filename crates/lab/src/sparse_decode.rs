@@ -18,6 +18,17 @@ use crate::reuse::distance;
 /// Steps before anything is timed. In the first a planner may sum up the keys of the prompt.
 const WARM: usize = 2;
 
+/// What is drawn.
+#[derive(Debug, Clone, Copy)]
+pub struct Draws<'a> {
+    /// Tokens that are timed.
+    pub steps: usize,
+    /// Numbers of sequences.
+    pub batches: &'a [usize],
+    /// Sequences read the same pages of the prompt, as behind one prompt in the server; otherwise each has a copy.
+    pub shared: bool,
+}
+
 /// What a run of steps came to.
 struct Steps {
     seconds: Vec<f64>,
@@ -28,20 +39,24 @@ struct Steps {
     logits: Vec<f32>,
 }
 
-/// Decodes the last `steps` of `tokens` behind the others, densely and under each of `methods`, for every number of sequences in `batches`.
-/// Every sequence has its own copy of the prompt's keys; times are of the median step, and means of all. The prompt is attended densely, and its end that fills no page is left out; tokens are given, so that all methods see the same. Rows as
-/// they come, through `row`.
+/// Decodes the last `draws.steps` of `tokens` behind the others, densely and under each of `methods`, for every number of sequences. Times are
+/// of the median step, and means of all. The prompt is attended densely, and its end that fills no page is left out; tokens are given, so that
+/// all methods see the same. Rows as they come, through `row`.
 ///
 /// # Errors
 /// When a method plans no drawn tokens, the prompt has no page, or the model fails.
 pub fn decode(
     model: &Arc<Model>,
     tokens: &[u32],
-    steps: usize,
-    batches: &[usize],
+    draws: Draws<'_>,
     methods: &[Arc<Program>],
     mut row: impl FnMut(Drawn),
 ) -> Result<(), PlansError> {
+    let Draws {
+        steps,
+        batches,
+        shared,
+    } = draws;
     let drawn = WARM + steps;
     let length = tokens.len().saturating_sub(drawn) / PAGE_ROWS * PAGE_ROWS;
     if length == 0 || steps == 0 {
@@ -57,7 +72,11 @@ pub fn decode(
     let prompt = crowd.prefix(&tokens[..length])?;
     let forced = &tokens[length..length + drawn];
     for &batch in batches {
-        let seqs: Result<Vec<SeqKv>, KvError> = (0..batch).map(|_| crowd.copy(&prompt)).collect();
+        let own = |_| match shared {
+            true => crowd.pool.fork(&prompt),
+            false => crowd.copy(&prompt),
+        };
+        let seqs: Result<Vec<SeqKv>, KvError> = (0..batch).map(own).collect();
         let mut seqs = seqs.map_err(EngineError::from)?;
         let dense = run(&mut crowd, &mut seqs, forced, None)?;
         let figures = |method: String, run: &Steps| {
@@ -66,6 +85,7 @@ pub fn decode(
                 method,
                 length,
                 batch,
+                shared,
                 tok_s: batch as f64 / median(&run.seconds),
                 attn_s: run.attn_s,
                 plan_s: run.plan_s,
@@ -130,28 +150,38 @@ mod tests {
     use super::*;
     use crate::testing::program;
 
+    fn draws(steps: usize, batches: &[usize], shared: bool) -> Draws<'_> {
+        Draws {
+            steps,
+            batches,
+            shared,
+        }
+    }
+
     #[test]
-    fn a_batch_reads_and_predicts_what_one_does() {
+    fn a_batch_reads_and_predicts_what_one_does_with_pages_of_its_own_and_with_shared_ones() {
         let (model, _) = tiny(Arch::Llama, Cpu::best(), 2);
         let methods = [
             program(&model, "a_shape_decode,least=1048576"),
-            program(&model, "a_shape_decode,least=16,share=0.1,sinks=4,dense_layers=0"),
+            program(&model, "a_shape_decode,least=16,share=0.1,sinks=4,dense_layers=1"),
         ];
         let tokens: Vec<u32> = (0..410).map(|i| i * 7 % 200).collect();
         let mut rows = Vec::new();
-        decode(&model, &tokens, 8, &[1, 3], &methods, |row| rows.push(row)).expect("it runs");
-        let [dense, all, few, dense3, all3, few3] = &rows[..] else {
-            panic!("{rows:?}")
-        };
-        for (one, three) in [(dense, dense3), (all, all3), (few, few3)] {
-            assert_eq!((one.length, one.batch, three.batch), (384, 1, 3));
-            assert_eq!(
-                (one.density, one.kl, one.top1),
-                (three.density, three.kl, three.top1)
-            );
+        for (batch, shared) in [(1, false), (3, false), (3, true)] {
+            decode(&model, &tokens, draws(8, &[batch], shared), &methods, |row| {
+                assert_eq!((row.length, row.batch, row.shared), (384, batch, shared));
+                rows.push(row);
+            })
+            .expect("it runs");
         }
+        let figures = |rows: &[Drawn]| -> Vec<_> { rows.iter().map(|r| (r.density, r.kl, r.top1)).collect() };
+        let (one, many) = rows.split_at(3);
+        let (all, few) = (&one[1], &one[2]);
         assert_eq!((all.density, all.kl, all.top1), (1.0, 0.0, 1.0));
-        assert!(few.density < 0.5 && few.kl > 0.0, "{few:?}");
+        assert!(few.density < 0.7 && few.kl > 0.0, "{few:?}");
+        for three in many.chunks(3) {
+            assert_eq!(figures(three), figures(one));
+        }
         assert!(rows.iter().all(|r| r.tok_s > 0.0 && r.attn_s >= r.plan_s));
     }
 
@@ -160,9 +190,15 @@ mod tests {
         let (model, _) = tiny(Arch::Llama, Cpu::best(), 1);
         let refused = |tokens: usize, steps, text: &str| {
             let methods = [program(&model, text)];
-            decode(&model, &vec![1; tokens], steps, &[1], &methods, |_| ())
-                .expect_err("nothing to do")
-                .to_string()
+            decode(
+                &model,
+                &vec![1; tokens],
+                draws(steps, &[1], false),
+                &methods,
+                |_| (),
+            )
+            .expect_err("nothing to do")
+            .to_string()
         };
         assert!(refused(100, 8, "block_topk").contains("`block_topk` plans no"));
         assert!(refused(12, 8, "quest").contains("no tokens"));

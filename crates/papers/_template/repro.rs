@@ -10,6 +10,7 @@ pub static REPRO: Repro = Repro {
         source: "",
         rule: "",
         model: SMOLLM2,
+        fast_model: SMOLLM2,
     },
     run,
 };

@@ -38,6 +38,15 @@ pub struct Claim {
     pub rule: &'static str,
     /// The smallest of our models on which it says something, by its alias; [`NO_MODEL`] where it needs none.
     pub model: &'static str,
+    /// The model of short runs: a smaller one where the other takes minutes for a prompt.
+    pub fast_model: &'static str,
+}
+
+impl Claim {
+    /// The model of a run.
+    pub fn model_for(&self, scale: Scale) -> &'static str {
+        scale.pick(self.fast_model, self.model)
+    }
 }
 
 /// How much is run.

@@ -285,6 +285,10 @@ pub(crate) fn stretches(
             }
             from = to;
         }
+        // Rows that read everything may share their reads with others.
+        if out.iter().all(|stretch| stretch.plan.is_dense()) {
+            out.clear();
+        }
         out
     };
     seqs.iter().map(one).collect()

@@ -9,7 +9,7 @@ use antefix_lab::likelihood::passage;
 use antefix_lab::plans::PlansError;
 use antefix_lab::plot::{Curve, curves};
 use antefix_lab::sparse::{SparseRow, compare};
-use antefix_lab::sparse_decode::decode;
+use antefix_lab::sparse_decode::{Draws, decode};
 use antefix_lab::tasks::Prose;
 use antefix_lab::{bench_method, host::EngineHost};
 use antefix_models::decoder::Model;
@@ -74,6 +74,9 @@ pub(crate) struct Args {
     /// With --sparse: draw the lost share of attention (KL, if recall is not measured) against the time of attention of prompts, as SVG
     #[arg(long, value_name = "FILE", requires = "sparse")]
     plot: Option<PathBuf>,
+    /// With --sparse: sequences that draw read the same pages of the prompt, as in the server; otherwise each has a copy
+    #[arg(long, requires = "sparse")]
+    shared: bool,
     /// How many sequences; default: 1,8,32, with --sparse 1
     #[arg(long, value_delimiter = ',')]
     batch: Vec<usize>,
@@ -223,7 +226,12 @@ fn sparse(args: &Args, model: &Arc<Model>, tokenizer: &Arc<Tokenizer>) -> Result
                     printed = print;
                 }
             };
-            decode(model, &tokens, steps, batches(args, &[1]), &drawn, row).map_err(failure)?;
+            let draws = Draws {
+                steps,
+                batches: batches(args, &[1]),
+                shared: args.shared,
+            };
+            decode(model, &tokens, draws, &drawn, row).map_err(failure)?;
         }
         printed?;
     }

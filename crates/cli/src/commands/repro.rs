@@ -87,7 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let _ = rayon::ThreadPoolBuilder::new()
         .num_threads(threads(args.run.threads)?)
         .build_global();
-    let model = |claim: &Claim| match claim.model {
+    let model = |claim: &Claim| match claim.model_for(scale) {
         NO_MODEL => NO_MODEL.to_string(),
         own => args.model.clone().unwrap_or_else(|| own.into()),
     };
@@ -192,7 +192,7 @@ fn measure(
 fn list(claim: Claim, json: bool) -> Result<(), Failure> {
     if json {
         let card = serde_json::json!({
-            "slug": claim.slug, "claim": claim.says, "source": claim.source, "rule": claim.rule, "model": claim.model,
+            "slug": claim.slug, "claim": claim.says, "source": claim.source, "rule": claim.rule, "model": claim.model, "fast_model": claim.fast_model,
         });
         return json_line(&card);
     }

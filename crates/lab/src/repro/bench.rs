@@ -20,8 +20,9 @@ use crate::eval::{self, Cell, EvalError, Plan, Row, Runner, Setting};
 use crate::heads::{self, HeadsError, MaskCurve, NeedleRuns, Pattern, Search, Subject};
 use crate::host::EngineHost;
 use crate::reuse::{self, Sizes};
+use crate::sparse_decode::{self, Draws};
 use crate::tasks::{Kit, Prose, Task};
-use crate::{likelihood, median, sparse, sparse_decode, together};
+use crate::{likelihood, median, sparse, together};
 
 /// Where needles stand when heads are measured.
 const DEPTHS: [f64; 5] = [0.0, 0.25, 0.5, 0.75, 1.0];
@@ -415,8 +416,12 @@ impl Lab for Bench {
         let programs = self.programs(ways)?;
         let mut found = Vec::with_capacity(batches.len() * (1 + ways.len()));
         let model = &self.subject.model;
-        sparse_decode::decode(model, &tokens, steps, batches, &programs, |row| found.push(row))
-            .map_err(failed)?;
+        let draws = Draws {
+            steps,
+            batches,
+            shared: false,
+        };
+        sparse_decode::decode(model, &tokens, draws, &programs, |row| found.push(row)).map_err(failed)?;
         let names = batches.iter().flat_map(|_| names(ways));
         Ok(names
             .zip(found)

@@ -28,6 +28,7 @@ fn made(run: fn(&mut dyn Lab, Scale) -> Result<Outcome, LabError>) -> Repro {
             source: "Here.",
             rule: "By looking.",
             model: "smollm2",
+            fast_model: "smollm2",
         },
         run,
     }

@@ -84,4 +84,5 @@ pub static CLAIM: Claim = Claim {
            of a stream keeps its size, total time is a line (R^2 at least 0.99) and an event behind 16,384 others is at least 20 times as fast as \
            with the twin and its cache of keys (short run: 2,048, and twice); partly if the stream is so and half of the tasks are.",
     model: NO_MODEL,
+    fast_model: NO_MODEL,
 };

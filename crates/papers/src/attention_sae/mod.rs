@@ -139,6 +139,7 @@ pub static CLAIM: Claim = Claim {
            was not trained on, and more than principal components and random directions of as many coefficients do; partly if it only gives \
            back more than these.",
     model: SMOLLM2,
+    fast_model: SMOLLM2,
 };
 
 impl Method for AttentionSae {

@@ -16,6 +16,7 @@ pub static REPRO: Repro = Repro {
         rule: "Two parts: at least 2.2 times faster than full prefill; at most half of full reuse's KL divergence from full prefill. Both: \
                reproduced; one: partly.",
         model: SMOLLM2,
+        fast_model: SMOLLM2,
     },
     run,
 };

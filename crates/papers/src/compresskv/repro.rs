@@ -17,6 +17,7 @@ pub static REPRO: Repro = Repro {
         rule: "Three parts at equal budgets: recall at least 0.95 of dense; the log-probability of the right answers above SnapKV's by more than twice the \
                standard error of the pairs; recall at least 0.1 over StreamingLLM's. All: reproduced; some: partly. A dense recall below 0.5 says nothing.",
         model: SMOLLM2,
+        fast_model: SMOLLM2,
     },
     run,
 };
@@ -39,7 +40,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
         task: "needle",
         length,
         depths: &[0.1, 0.3, 0.5, 0.7],
-        samples: scale.pick(4, 6),
+        samples: scale.pick(3, 6),
         digits: 3,
         seed: 1,
         question_after_cut: false,

@@ -14,6 +14,7 @@ pub static REPRO: Repro = Repro {
         rule: "Reproduced if both ways write the same tokens and the longest prefix gains at least what the paper gains there; partly if the \
                tokens are the same and the gain is at least 1.05.",
         model: SMOLLM2,
+        fast_model: SMOLLM2,
     },
     run,
 };

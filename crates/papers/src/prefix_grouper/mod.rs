@@ -66,4 +66,5 @@ pub static CLAIM: Claim = Claim {
            times as fast at G = 8, L = 1024, l = 128 and 1.4 times at L = l = 256 (short run: 0.6 of the ratio of the rows at smaller sizes); partly \
            if the gradients agree and every step is faster.",
     model: SMOLLM2,
+    fast_model: SMOLLM2,
 };

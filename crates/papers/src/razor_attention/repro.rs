@@ -17,6 +17,7 @@ pub static REPRO: Repro = Repro {
         rule: "Three parts, the question asked after the cut: at most 35 % of the bytes are kept; recall is within 0.05 of dense; recall is at least 0.1 over \
                StreamingLLM's at no fewer bytes. All: reproduced; the last and another: partly; else not. A dense recall below 0.5 says nothing.",
         model: SMOLLM2,
+        fast_model: SMOLLM2,
     },
     run,
 };

@@ -37,6 +37,8 @@ pub struct Drawn {
     pub length: usize,
     /// Sequences that draw together.
     pub batch: usize,
+    /// Whether they read the same pages of the prompt.
+    pub shared: bool,
     /// Tokens a second of all of them.
     pub tok_s: f64,
     /// Seconds of attention a step, with planning.

@@ -16,6 +16,7 @@ pub static REPRO: Repro = Repro {
         rule: "Three parts: at most 5 % of the heads score 0.1 or more; the best heads' absence costs at least half of the recall; that of as many random heads \
                costs at most a quarter of it. All: reproduced; some: partly. A recall below 0.5 with all heads says nothing.",
         model: QWEN,
+        fast_model: QWEN,
     },
     run,
 };

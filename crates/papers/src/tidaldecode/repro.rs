@@ -18,6 +18,7 @@ pub static REPRO: Repro = Repro {
                as dense; predictions are at least as near to dense ones (KL) as Quest's. Needles with 128 keys a layer: recall within 0.05 of dense, and no \
                less than Quest's. All: reproduced; some: partly. A dense recall below 0.5 says nothing.",
         model: QWEN,
+        fast_model: QWEN,
     },
     run,
 };
@@ -129,6 +130,7 @@ mod tests {
             method: "made".into(),
             length: 1000,
             batch: 1,
+            shared: false,
             tok_s: 1.0 / (1.0 + attn_s),
             attn_s,
             plan_s: attn_s / 4.0,

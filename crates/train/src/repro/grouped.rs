@@ -177,7 +177,7 @@ pub(super) fn run(ground: &Ground<'_>, scale: Scale) -> Result<Outcome, LabError
     let mut trial = Trial::new(files, false).map_err(failed)?;
     let share = |(g, l, r): (usize, usize, usize)| FAST_SHARE * (g * (l + r)) as f64 / (l + g * r) as f64;
     let cells: Vec<_> = scale.pick(FAST.map(|sizes| (sizes, share(sizes))).to_vec(), FULL.to_vec());
-    let pairs = scale.pick(2, 3);
+    let pairs = scale.pick(1, 3);
     let mut found = Vec::new();
     for (sizes, want) in cells {
         let mut times = [Vec::new(), Vec::new()];
