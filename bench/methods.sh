@@ -63,6 +63,9 @@ c() { # recall, KL and kept bytes of every policy, the question asked after the 
     --sweep dense $(policies smollm2 400 0.05) $(policies smollm2 500 0.1) $(policies smollm2 700 0.2) # 7 min
   rows policies-8k.jsonl eval kl needle -m $qwen --lengths 8192 --depths 0.3,0.7 -n 2 --digits 5 --question-after-cut --reuse-prompts --json \
     --sweep dense $(policies $qwen 2048 0.2) # 10 min
+  rows policies-16k.jsonl eval needle -m $qwen --lengths 16000 --depths 0.1,0.5,0.9 -n 2 --digits 5 --seed 3 --question-after-cut --reuse-prompts --json \
+    --sweep dense $(policies $qwen 4608 0.15) --sweep razor_attention,buffer=64,fraction=0.1,profile=$qwen \
+    --sweep razor_attention,buffer=64,fraction=0.05,profile=$qwen # 5 min
   for method in razor_attention,buffer=64,fraction=0.2,profile=$qwen compresskv,budget=2048,profile=$qwen snapkv,budget=2048; do
     rows decode.jsonl bench -m $qwen --method $method -p 2048,8192 -n 32 -r 3 --json # 1 min
     [ "$long" = 0 ] || rows decode.jsonl bench -m $qwen --method ${method/2048/8192} -p 32000 -n 32 -r 1 --json # 3 min

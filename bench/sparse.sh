@@ -54,11 +54,14 @@ c() { # prompts: time, density, recall, predictions, the pictures of item d; ans
     --sweep dense --sweep "xattention,tau=0.9,$group" --sweep block_topk,keep=64 --sweep "flexprefill,gamma=0.98,$group" # 30 min
 }
 
-e() { # drawn tokens; answers at the same settings; 10 min
+e() { # drawn tokens; answers at the same settings; 20 min
   local methods=tidaldecode,tidaldecode,recall=1,hip_decode,quest,a_shape_decode
   rows sparse-decode.jsonl bench --sparse -m $qwen --lengths 16384,32000 --text "$text" -n 32 --batch 1,4,8 --json --methods $methods
-  rows sparse-answers.jsonl eval needle variables -m $qwen --lengths 16000 --depths 0.1,0.5,0.9 -n 2 --digits 5 --seed 3 --reuse-prompts --json \
-    --sweep dense --sweep tidaldecode --sweep hip_decode --sweep hip_decode,unit_keys=2 --sweep quest --sweep a_shape_decode # 10 min
+  rows sparse-decode.jsonl bench --sparse --shared -m $qwen --lengths 16384 --text "$text" -n 32 --batch 8,32 --json --methods $methods # 2 min
+  rows sparse-answers.jsonl eval needle -m $qwen --lengths 16000 --depths 0.1,0.5,0.9 -n 2 --digits 5 --seed 3 --reuse-prompts --json \
+    --sweep dense --sweep tidaldecode --sweep hip_decode --sweep hip_decode,unit_keys=2 --sweep quest --sweep a_shape_decode # 6 min
+  rows sparse-answers.jsonl eval variables -m $qwen --lengths 16000 -n 6 --digits 5 --seed 5 --reuse-prompts --json \
+    --sweep dense --sweep tidaldecode --sweep hip_decode --sweep hip_decode,unit_keys=2 --sweep quest # 5 min
 }
 
 i() { # settings by target on prompts of 16K: two of text, two of program code; 10 min

@@ -7,7 +7,8 @@
 //!
 //! # When it helps
 //! Long prompts and questions that are not known yet: what stays does not depend on the question, so it serves the next turn, too. Below
-//! `buffer` rows nothing happens.
+//! `buffer` rows nothing happens. Qwen2.5-Coder finds six of six needles in 16,000 tokens, asked for after the cut, with 21 % of the bytes
+//! (`buffer=64,fraction=0.05`; docs/results.md); other models need other shares.
 //!
 //! # Steps
 //! 1. (3.1) Induction and echo scores of every head on repeated random tokens: `antefix analyse heads --kind induction` and `--kind echo`.
