@@ -108,7 +108,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
 
 /// Examples that choose the heads, and examples that try them.
 fn examples(scale: Scale) -> (usize, usize) {
-    scale.pick((3, 24), (6, 60))
+    scale.pick((2, 24), (6, 60))
 }
 
 fn trial(lab: &mut dyn Lab, scale: Scale, seed: u64) -> Result<Trial, LabError> {

@@ -28,8 +28,15 @@ const THETAS: [f64; 4] = [2.0, 4.0, 6.0, 8.0];
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let length = scale.pick(3072, 16384).min(lab.facts().context);
     // A large least budget would hide what gamma does.
-    let flex = GAMMAS.map(|gamma| format!("flexprefill,min_budget=256,gamma={gamma}"));
-    let ours = THETAS.map(|theta| format!("anchor_attention,theta={theta}"));
+    let from = scale.pick(1, 0);
+    let flex: Vec<_> = GAMMAS[from..]
+        .iter()
+        .map(|gamma| format!("flexprefill,min_budget=256,gamma={gamma}"))
+        .collect();
+    let ours: Vec<_> = THETAS[from..]
+        .iter()
+        .map(|theta| format!("anchor_attention,theta={theta}"))
+        .collect();
     // As published: one list of keys a query head.
     let each = match scale {
         Scale::Fast => Vec::new(),

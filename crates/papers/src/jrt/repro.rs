@@ -36,7 +36,7 @@ const WAYS: [&[&str]; 6] = [
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let mut rows = Vec::new();
     let mut found: Vec<Vec<Recall>> = Vec::new();
-    let (length, samples) = scale.pick((512, 4), (1024, 16));
+    let (length, samples) = scale.pick((512, 3), (1024, 16));
     for task in TASKS {
         let quiz = Quiz {
             task,
