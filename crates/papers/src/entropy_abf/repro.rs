@@ -34,7 +34,7 @@ fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let window = lab.facts().context;
     let text = Passages {
         texts: scale.pick(1, 2),
-        length: scale.pick(window / 4 * 7, 2 * window),
+        length: scale.pick(window / 8 * 13, 2 * window),
         step: window / 8,
         seed: 1,
     };

@@ -38,7 +38,7 @@ const FEW: &str = "least=128,share=0.001";
 
 fn run(lab: &mut dyn Lab, scale: Scale) -> Result<Outcome, LabError> {
     let steps = scale.pick(32, 128);
-    let length = scale.pick(4096, 16384).min(lab.facts().context);
+    let length = scale.pick(3072, 16384).min(lab.facts().context);
     let batches = scale.pick(&[1][..], &[1, 4]);
     let quiz = Quiz {
         task: "needle",

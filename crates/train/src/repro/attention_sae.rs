@@ -34,7 +34,7 @@ pub(super) fn run(ground: &Ground<'_>, scale: Scale) -> Result<Outcome, LabError
         name,
         ..
     } = ground.subject()?;
-    let (tokens, batch, held) = scale.pick((16_000, 1024, 32), (2_000_000, 2048, 96));
+    let (tokens, batch, held) = scale.pick((16_000, 1024, 20), (2_000_000, 2048, 96));
     let bos = tokenizer.bos().or(tokenizer.eos());
     let bos = bos.ok_or_else(|| LabError::Model("it has neither a begin nor an end token".into()))?;
     let layer = LAYER.min(model.spec().layers - 1);
