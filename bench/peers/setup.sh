@@ -68,7 +68,7 @@ llama_cpp() {
         fingerprint "$cc" >"$stamp"
     fi
     if ! all_tools "$build/bin" || [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint "$cc")" ]; then
-        command -v cmake >/dev/null || die "cmake was not found" "install cmake (Debian: apt-get install cmake)"
+        command -v cmake >/dev/null || die "cmake was not found" "install cmake (Debian: apt-get install cmake; or pip install cmake)"
         say "building llama.cpp with $cc (about 15 minutes on two cores; log: $source/build.log)"
         rm -rf "$build"
         {

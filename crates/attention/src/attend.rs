@@ -158,7 +158,7 @@ pub fn attend(
     let plans = sparse::stretches((cpu, team), pool, (layer, rope), geometry, seqs, q);
     let planned = |i: usize| !plans[i].is_empty();
     let others = (0..seqs.len())
-        .any(|i| planned(i) && !sharing.own.contains(&i))
+        .any(|i| planned(i) && !seqs[i].stands_alone())
         .then(|| Sharing::but_for(seqs, planned));
     let sharing = others.as_ref().unwrap_or(sharing);
 

@@ -54,7 +54,7 @@ impl SeqRows<'_> {
     }
 
     /// Whether it is attended in blocks of its own rows.
-    fn stands_alone(&self) -> bool {
+    pub(crate) fn stands_alone(&self) -> bool {
         self.rows >= OWN_BLOCKS_FROM
     }
 

@@ -163,6 +163,7 @@ mod tests {
         let (model, _) = tiny(Arch::Llama, Cpu::best(), 2);
         let methods = [
             program(&model, "a_shape_decode,least=1048576"),
+            program(&model, "a_shape_decode,least=16,share=0.1,sinks=4,dense_layers=0"),
             program(&model, "a_shape_decode,least=16,share=0.1,sinks=4,dense_layers=1"),
         ];
         let tokens: Vec<u32> = (0..410).map(|i| i * 7 % 200).collect();
@@ -175,11 +176,15 @@ mod tests {
             .expect("it runs");
         }
         let figures = |rows: &[Drawn]| -> Vec<_> { rows.iter().map(|r| (r.density, r.kl, r.top1)).collect() };
-        let (one, many) = rows.split_at(3);
-        let (all, few) = (&one[1], &one[2]);
+        let (one, many) = rows.split_at(4);
+        let [_, all, few, half] = one else {
+            panic!("{one:?}")
+        };
         assert_eq!((all.density, all.kl, all.top1), (1.0, 0.0, 1.0));
-        assert!(few.density < 0.7 && few.kl > 0.0, "{few:?}");
-        for three in many.chunks(3) {
+        assert!(few.density < 0.5 && few.kl > 0.0, "{few:?}");
+        // With a dense layer, in which sequences on the same pages read them together.
+        assert!(half.density > few.density && half.kl > 0.0, "{half:?}");
+        for three in many.chunks(4) {
             assert_eq!(figures(three), figures(one));
         }
         assert!(rows.iter().all(|r| r.tok_s > 0.0 && r.attn_s >= r.plan_s));
