@@ -19,7 +19,7 @@ use crate::attend::{Ctx, Worker};
 const TASK_ROWS: usize = 512;
 
 /// A page of which more keys are read than these is read in place. Copying a key costs about a tenth of what a page costs 64 rows.
-pub(super) const PACKED: u32 = 8;
+const PACKED: u32 = 8;
 
 /// The rows of a stretch in pieces for one task each: inside a block of the plan, at most [`TASK_ROWS`] rows of `group` heads.
 ///

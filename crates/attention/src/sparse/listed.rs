@@ -1,15 +1,23 @@
 //! Scores of keys that stand here and there: what planners look at who do not look at every key.
 
+use std::ops::Range;
+
 use antefix_kernels::attend::{KeyPages, scores_each};
 use antefix_state::PAGE_ROWS;
 
-use super::execute::PACKED;
 use super::view::PlanView;
+
+/// Whether scoring all of `keys` keys where they lie costs less than copying `listed` of them side by side and scoring those, for `rows`
+/// queries. To copy a key costs about as much as a page costs 6.4 queries: its dimensions lie as far apart as the page has lines.
+pub fn all_cost_less(rows: usize, listed: usize, keys: usize) -> bool {
+    const COPY: usize = 205; // 6.4 pages, in keys
+    listed * (COPY + rows) > keys * rows
+}
 
 impl PlanView<'_> {
     /// The largest score that any of the vectors `q: [R, D]`, already scaled, has with each of `keys` of `kv_head`, which ascend:
-    /// `[keys]`. Single keys of a page are copied side by side first, so that the cost follows the number of keys. The cap on scores is
-    /// left out, as in [`PlanView::scores`].
+    /// `[keys]`. Where it costs less, single keys of a page are copied side by side first. The cap on scores is left out, as in
+    /// [`PlanView::scores`].
     pub fn largest_scores(&self, kv_head: usize, q: &[f32], keys: &[u32]) -> Vec<f32> {
         let (cpu, dim) = (self.rows.run.0, self.rows.geometry.dim);
         let mut largest = vec![f32::NEG_INFINITY; keys.len()];
@@ -19,7 +27,7 @@ impl PlanView<'_> {
         let mut at = 0;
         for run in keys.chunk_by(|a, b| *a as usize / PAGE_ROWS == *b as usize / PAGE_ROWS) {
             let page = self.page(kv_head, run[0] as usize / PAGE_ROWS);
-            if run.len() > PACKED as usize {
+            if all_cost_less(q.len() / dim, run.len(), PAGE_ROWS) {
                 whole.push((page, at, run));
             } else {
                 for side_by_side in run.chunk_by(|a, b| a + 1 == *b) {
@@ -42,6 +50,18 @@ impl PlanView<'_> {
             places
                 .zip(most(scores))
                 .for_each(|(&place, most)| largest[place] = most);
+        });
+        largest
+    }
+
+    /// [`PlanView::largest_scores`] of all keys in a range, bit for bit.
+    pub fn largest_scores_between(&self, kv_head: usize, q: &[f32], keys: Range<usize>) -> Vec<f32> {
+        let mut largest = Vec::with_capacity(keys.len());
+        let pages = keys.start / PAGE_ROWS..keys.end.div_ceil(PAGE_ROWS);
+        self.scores(kv_head, q, pages, |page, scores| {
+            let first = page * PAGE_ROWS;
+            let within = keys.start.max(first) - first..keys.end.min(first + PAGE_ROWS) - first;
+            largest.extend_from_slice(&most(scores)[within]);
         });
         largest
     }

@@ -14,6 +14,7 @@ mod tests;
 mod view;
 
 pub(crate) use execute::{Scratch, pieces};
+pub use listed::all_cost_less;
 pub use picture::{Grid, grid, picture};
 pub use planning::{Planned, Planning, recall};
 pub(crate) use planning::{Stretch, stretches};

@@ -407,14 +407,18 @@ fn the_largest_scores_of_listed_keys_are_those_of_whole_pages_bit_for_bit() {
         let team = Team::new(1);
         let summaries = view::Summaries::default();
         let rope = Rope::new(&[1.0; 8], RopeStyle::Neox);
-        for cpu in Cpu::available() {
+        for (cpu, step) in Cpu::available()
+            .into_iter()
+            .flat_map(|cpu| [(cpu, 1), (cpu, 100)])
+        {
             let view = PlanView {
                 rows: case.view(cpu, &team),
                 rope: &rope,
                 summaries: &summaries,
             };
-            let q: Vec<f32> = [7, 90, 299]
-                .into_iter()
+            // Many queries have single keys copied, few have pages scored where they lie.
+            let q: Vec<f32> = (0..300)
+                .step_by(step)
                 .flat_map(|row| view.query(row, 3))
                 .collect();
             let mut all = vec![f32::NEG_INFINITY; 320];
@@ -434,6 +438,9 @@ fn the_largest_scores_of_listed_keys_are_those_of_whole_pages_bit_for_bit() {
                 assert_eq!(view.largest_scores(1, &q, &keys), want, "every {keep}th key");
             }
             assert!(view.largest_scores(1, &q, &[]).is_empty());
+            for keys in [0..300, 0..32, 5..6, 31..33, 64..290, 40..40] {
+                assert_eq!(view.largest_scores_between(1, &q, keys.clone()), all[keys]);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use antefix_kernels::attend::{Page, normalise, scores_each};
-use antefix_kernels::ops::Rope;
+use antefix_kernels::ops::{Rope, max};
 use antefix_state::PAGE_ROWS;
 use antefix_state::plan::{Cover, Plan, Scope, Unit};
 
@@ -299,20 +299,24 @@ impl PlanView<'_> {
         kept.iter().sum::<f64>() / (heads * count) as f64
     }
 
-    /// Logarithms of the attention weights of row `row` of `heads`, which share a KV head, over all keys up to itself: `[heads][keys]`.
-    pub fn log_weights(&self, heads: Range<usize>, row: usize) -> Vec<Vec<f32>> {
+    /// Logarithm of the largest attention weight that row `row` of any of `heads`, which share a KV head, has on each `unit` keys side by
+    /// side, up to itself: `[keys / unit]`, rounded up.
+    pub fn largest_log_weights(&self, heads: Range<usize>, row: usize, unit: usize) -> Vec<f32> {
         let n = self.rows.pos0 as usize + row + 1;
         let q: Vec<f32> = heads.clone().flat_map(|head| self.query(row, head)).collect();
-        let mut weights = vec![0.0; heads.len() * n];
-        self.scores_of_keys(heads.start / self.group(), &q, &mut weights);
-        let mut sum = Vec::with_capacity(n);
-        let mut log = |scores: &[f32]| {
-            sum.clear();
-            sum.extend_from_slice(scores);
-            let (lse, _) = normalise(self.rows.run.0, &mut sum);
-            scores.iter().map(|s| s - lse).collect()
-        };
-        weights.chunks_exact(n).map(&mut log).collect()
+        let mut buffer = BUFFER.take();
+        buffer.resize(buffer.len().max(heads.len() * n), 0.0);
+        let scores = &mut buffer[..heads.len() * n];
+        self.scores_of_keys(heads.start / self.group(), &q, scores);
+        let mut largest = vec![f32::NEG_INFINITY; n.div_ceil(unit)];
+        for scores in scores.chunks_exact_mut(n) {
+            let tops: Vec<f32> = scores.chunks(unit).map(max).collect();
+            let (lse, _) = normalise(self.rows.run.0, scores);
+            let each = largest.iter_mut().zip(tops);
+            each.for_each(|(most, top)| *most = most.max(top - lse));
+        }
+        BUFFER.set(buffer);
+        largest
     }
 
     /// Scores of the vectors `q: [R, D]`, already scaled, against the first `n` keys of `kv_head`, as attention has them: `out: [R, n]`.

@@ -17,7 +17,7 @@ mod simd;
 use antefix_state::PAGE_ROWS;
 
 pub use page::{KeyPages, KvDtype, Page, PageLayout, PageMut, View, bf16_to_f32, f32_to_bf16};
-pub use scores::{normalise, scores, scores_each, scores_rows};
+pub use scores::{largest_within, normalise, scores, scores_each, scores_rows};
 
 use crate::cpu::{Cpu, Path};
 

@@ -7,7 +7,7 @@ use antefix_state::PAGE_ROWS;
 
 use super::Page;
 #[cfg(target_arch = "x86_64")]
-use super::amx;
+use super::{amx, simd};
 use crate::cpu::{Cpu, Path};
 use crate::ops::exp;
 
@@ -47,6 +47,17 @@ pub fn scores_each<'a>(
         return unsafe { amx::scores_each(dim, q, keys, f) };
     }
     let mut out = vec![[0.0; PAGE_ROWS]; q.len() / dim];
+    #[cfg(target_arch = "x86_64")]
+    if cpu.path() == Path::Avx2 {
+        let mut packed = Vec::new();
+        simd::pack(q, out.len(), dim, &mut packed);
+        for (i, page) in pages.enumerate() {
+            // SAFETY: `cpu` proves AVX2 and FMA; `packed` has a row for each of `out`, and the page was checked.
+            unsafe { simd::scores_avx2(dim, &packed, &page, &mut out) };
+            f(i, &out);
+        }
+        return;
+    }
     for (i, page) in pages.enumerate() {
         scores_rows(cpu, dim, q, None, &page, &mut out);
         f(i, &out);
@@ -96,6 +107,57 @@ pub fn normalise(cpu: Cpu, row: &mut [f32]) -> (f32, f32) {
     }
 }
 
+/// The largest score that each row of `q: [R, D]` can have with a key whose values lie between `least: [D]` and `most: [D]`: `out: [R]`.
+///
+/// Sums run over 16 lanes and then over those, whatever the path.
+///
+/// # Panics
+/// When the lengths do not fit, or `D` is no multiple of 16.
+pub fn largest_within(cpu: Cpu, q: &[f32], least: &[f32], most: &[f32], out: &mut [f32]) {
+    let dim = least.len();
+    assert!(
+        dim.is_multiple_of(LANES) && dim == most.len(),
+        "two bounds of D values"
+    );
+    assert_eq!(q.len(), out.len() * dim, "q is [R, D]");
+    match cpu.path() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX-512F and FMA.
+        Path::Avx512 | Path::Amx => unsafe { largest_within_avx512(q, least, most, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `cpu` proves AVX2 and FMA.
+        Path::Avx2 => unsafe { largest_within_avx2(q, least, most, out) },
+        _ => largest_within_body(q, least, most, out),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn largest_within_avx512(q: &[f32], least: &[f32], most: &[f32], out: &mut [f32]) {
+    largest_within_body(q, least, most, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn largest_within_avx2(q: &[f32], least: &[f32], most: &[f32], out: &mut [f32]) {
+    largest_within_body(q, least, most, out);
+}
+
+#[inline(always)]
+fn largest_within_body(q: &[f32], least: &[f32], most: &[f32], out: &mut [f32]) {
+    let (least, most) = (least.as_chunks::<LANES>().0, most.as_chunks::<LANES>().0);
+    for (q, out) in q.chunks_exact(least.len() * LANES).zip(out) {
+        let mut sums = [0.0f32; LANES];
+        for ((q, lo), hi) in q.as_chunks::<LANES>().0.iter().zip(least).zip(most) {
+            for (((sum, q), lo), hi) in sums.iter_mut().zip(q).zip(lo).zip(hi) {
+                let (a, b) = (q * lo, q * hi);
+                *sum += if b > a { b } else { a };
+            }
+        }
+        *out = sums.iter().sum();
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 fn scores_avx512(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
@@ -105,12 +167,15 @@ fn scores_avx512(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_R
         abreast_avx512::<8>(dim, &q[..8 * dim], page, &mut out[..8]);
         (q, out) = (&q[8 * dim..], &mut out[8..]);
     }
-    if out.len() >= 4 {
-        abreast_avx512::<4>(dim, &q[..4 * dim], page, &mut out[..4]);
-        (q, out) = (&q[4 * dim..], &mut out[4..]);
-    }
-    for (q, out) in q.chunks_exact(dim).zip(out.chunks_mut(1)) {
-        abreast_avx512::<1>(dim, q, page, out);
+    match out.len() {
+        0 => {}
+        1 => abreast_avx512::<1>(dim, q, page, out),
+        2 => abreast_avx512::<2>(dim, q, page, out),
+        3 => abreast_avx512::<3>(dim, q, page, out),
+        4 => abreast_avx512::<4>(dim, q, page, out),
+        5 => abreast_avx512::<5>(dim, q, page, out),
+        6 => abreast_avx512::<6>(dim, q, page, out),
+        _ => abreast_avx512::<7>(dim, q, page, out),
     }
 }
 
@@ -375,7 +440,7 @@ mod tests {
                 })
             };
             for cpu in Cpu::available() {
-                for rows in [1, 2, 15, 16, 17, 33, 64] {
+                for rows in [1, 2, 3, 7, 15, 16, 17, 33, 64] {
                     let q: Vec<f32> = (0..rows * dim).map(|i| value(3 * i + 1)).collect();
                     let mut seen = 0;
                     scores_each(cpu, dim, &q, views(), |page, scores| {
@@ -399,6 +464,26 @@ mod tests {
                     });
                     assert_eq!(seen, pages.len());
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn bounds_are_the_sums_of_the_larger_products_on_every_path() {
+        for dim in [16, 64, 96] {
+            let least: Vec<f32> = (0..dim).map(value).collect();
+            let most: Vec<f32> = least.iter().zip(0..).map(|(x, i)| x + value(i).abs()).collect();
+            let q: Vec<f32> = (0..7 * dim).map(|i| value(5 * i + 2)).collect();
+            let mut first = None;
+            for cpu in Cpu::available() {
+                let mut got = [f32::NAN; 7];
+                largest_within(cpu, &q, &least, &most, &mut got);
+                for (q, got) in q.chunks_exact(dim).zip(got) {
+                    let each = q.iter().zip(&least).zip(&most);
+                    let want: f64 = each.map(|((q, lo), hi)| f64::from((q * lo).max(q * hi))).sum();
+                    assert!((f64::from(got) - want).abs() < 1e-5, "{got} {want}");
+                }
+                assert_eq!(*first.get_or_insert(got), got, "{:?}", cpu.path());
             }
         }
     }

@@ -366,6 +366,47 @@ pub(super) unsafe fn page_avx512(tile: &Tile<'_>, state: &mut StateMut<'_>, scra
     unsafe { page::<Avx512>(tile, state, scratch) }
 }
 
+/// Scores of rows packed by [`pack`], `q.len() / D` of them and at least one, against the 32 keys of a page: `out: [R][32]`.
+///
+/// # Safety
+/// The CPU has AVX2 and FMA; `out` has a row for each, and the page has `D` dimensions.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn scores_avx2(dim: usize, q: &[f32], page: &Page<'_>, out: &mut [[f32; PAGE_ROWS]]) {
+    let source = match page {
+        Page::F32 { k, v } => Source::F32(k.as_ptr(), v.as_ptr()),
+        Page::Bf16 { k, v } => Source::Bf16(k.as_ptr(), v.as_ptr()),
+    };
+    let per = rows_per_tile(out.len());
+    for (q, out) in q.chunks(per * dim).zip(out.chunks_mut(per)) {
+        // SAFETY: as promised by the caller; a tile has as many rows of `out` as of `q`, and no more than TILE.
+        unsafe {
+            match out.len() {
+                1 => scores_of::<1>(q, dim, source, out),
+                FEW => scores_of::<FEW>(q, dim, source, out),
+                3 => scores_of::<3>(q, dim, source, out),
+                4 => scores_of::<4>(q, dim, source, out),
+                5 => scores_of::<5>(q, dim, source, out),
+                _ => scores_of::<TILE>(q, dim, source, out),
+            }
+        }
+    }
+}
+
+/// One tile of [`scores_avx2`]: `q: [D][R]`.
+#[inline(always)]
+unsafe fn scores_of<const R: usize>(q: &[f32], dim: usize, source: Source, out: &mut [[f32; PAGE_ROWS]]) {
+    let (q, out) = (q.as_ptr(), out.first_chunk_mut::<R>().expect("R rows"));
+    // SAFETY: as promised by the caller of `scores_avx2`.
+    unsafe {
+        if R <= FEW {
+            scores::<Avx2, R, 4>(q, dim, source, None, 0, out);
+        } else {
+            scores::<Avx2, R, 2>(q, dim, source, None, 0, out);
+            scores::<Avx2, R, 2>(q, dim, source, None, HALF, out);
+        }
+    }
+}
+
 /// Where a page's values come from.
 #[derive(Clone, Copy)]
 enum Source {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use antefix_attention::method::{Kind, Knob, Knobs, PlanView, Preset};
+use antefix_attention::sparse::all_cost_less;
 
 use crate::sparse_baselines::select::best;
 
@@ -152,10 +153,25 @@ impl Search {
                 size: cut(j + 1) - cut(j),
             })
             .collect();
+        let all = all_cost_less(
+            q.len() / view.rows.geometry.dim,
+            self.looks_at(units, beams),
+            keys.len(),
+        )
+        .then(|| view.largest_scores_between(kv_head, q, keys.clone()));
         while nodes.iter().any(|node| node.size > 1) {
             // Step 3.
             let halves: Vec<Node> = nodes.iter().flat_map(|node| node.halves()).collect();
-            let scores = self.scores(view, kv_head, q, &keys, &halves);
+            let looked_at = self.looked_at(&keys, &halves);
+            let largest = match &all {
+                Some(all) => looked_at
+                    .keys
+                    .iter()
+                    .map(|&key| all[key as usize - keys.start])
+                    .collect(),
+                None => view.largest_scores(kv_head, q, &looked_at.keys),
+            };
+            let scores = looked_at.by_node(&largest);
             // Step 4.
             let mut kept = best(&scores, beams);
             kept.sort_unstable();
@@ -165,15 +181,18 @@ impl Search {
         nodes.iter().map(|n| run(at(n.start), at(n.start + 1))).collect()
     }
 
-    /// The largest score of any query with the keys that stand for each of `nodes`.
-    fn scores(
-        &self,
-        view: &PlanView<'_>,
-        kv_head: usize,
-        q: &[f32],
-        keys: &Range<usize>,
-        nodes: &[Node],
-    ) -> Vec<f32> {
+    /// About how many keys a search for `beams` of `units` looks at.
+    fn looks_at(&self, units: usize, beams: usize) -> usize {
+        let rounds = units.div_ceil(beams).next_power_of_two().ilog2() as usize;
+        let each = match self.sample {
+            Sample::All => units,
+            Sample::Center | Sample::First | Sample::Last => 2 * beams,
+        };
+        rounds * each * self.unit_keys.div_ceil(self.key_stride)
+    }
+
+    /// The keys that stand for each of `nodes`.
+    fn looked_at(&self, keys: &Range<usize>, nodes: &[Node]) -> LookedAt {
         let (mut looked_at, mut ends) = (Vec::new(), Vec::with_capacity(nodes.len()));
         for node in nodes {
             for unit in self.sample.units(node.start, node.size) {
@@ -183,12 +202,29 @@ impl Search {
             }
             ends.push(looked_at.len());
         }
-        let scores = view.largest_scores(kv_head, q, &looked_at);
+        LookedAt {
+            keys: looked_at,
+            ends,
+        }
+    }
+}
+
+/// Keys that stand for nodes.
+struct LookedAt {
+    /// Ascending.
+    keys: Vec<u32>,
+    /// By node: how many stand for it and those before it.
+    ends: Vec<usize>,
+}
+
+impl LookedAt {
+    /// The largest score of each node, out of those of the keys.
+    fn by_node(&self, scores: &[f32]) -> Vec<f32> {
         let mut from = 0;
-        let largest = |to: usize| {
+        let largest = |&to: &usize| {
             let of = &scores[std::mem::replace(&mut from, to)..to];
             of.iter().copied().fold(f32::NEG_INFINITY, f32::max)
         };
-        ends.into_iter().map(largest).collect()
+        self.ends.iter().map(largest).collect()
     }
 }

@@ -35,6 +35,7 @@ use antefix_attention::method::{
     Axis, Builder, Card, Cover, DecodePlanner, DecodeSteps, Dial, Knobs, Method, Paper, Plan, PlanView, Rig,
     RigError, Summary, Unit,
 };
+use antefix_kernels::attend::largest_within;
 use antefix_state::PAGE_ROWS;
 
 use super::knobs::{Budget, SHARES, dense_layers, drawn_share, least};
@@ -131,27 +132,25 @@ impl Bounds {
 
 /// Scores of the first `pages` pages for the heads of `kv_head`.
 fn scores(view: &PlanView<'_>, kv_head: usize, row: usize, pages: usize) -> Vec<f32> {
-    let q: Vec<Vec<f32>> = view
-        .heads(Unit::KvGroup, kv_head)
-        .map(|head| view.query(row, head).collect())
-        .collect();
-    let mut bounds = vec![Vec::with_capacity(pages); q.len()];
+    let heads = view.heads(Unit::KvGroup, kv_head);
+    let q: Vec<f32> = heads.clone().flat_map(|head| view.query(row, head)).collect();
+    // Step 1. By page, within it by head.
+    let mut bounds = vec![0.0; pages * heads.len()];
+    let mut to = bounds.chunks_exact_mut(heads.len());
     view.bounds(kv_head, pages, |_, ends| {
         let (least, most) = ends.split_at(ends.len() / 2);
-        for (q, bounds) in q.iter().zip(&mut bounds) {
-            // Step 1.
-            let each = q.iter().zip(least).zip(most);
-            bounds.push(each.map(|((q, lo), hi)| (q * lo).max(q * hi)).sum::<f32>());
+        if let Some(to) = to.next() {
+            largest_within(view.rows.run.0, &q, least, most, to);
         }
     });
     // Step 2.
-    let mut scores = vec![f32::NEG_INFINITY; pages];
-    for bounds in bounds {
-        let top = bounds.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        scores
-            .iter_mut()
-            .zip(bounds)
-            .for_each(|(s, b)| *s = s.max(b - top));
+    let mut top = vec![f32::NEG_INFINITY; heads.len()];
+    for bounds in bounds.chunks_exact(heads.len()) {
+        top.iter_mut().zip(bounds).for_each(|(t, b)| *t = t.max(*b));
     }
-    scores
+    let score = |bounds: &[f32]| {
+        let each = bounds.iter().zip(&top).map(|(b, top)| b - top);
+        each.fold(f32::NEG_INFINITY, f32::max)
+    };
+    bounds.chunks_exact(heads.len()).map(score).collect()
 }

@@ -225,21 +225,14 @@ impl Tidal {
     /// The units of `unit_keys` keys with the largest weights.
     fn top(&self, view: &PlanView<'_>, heads: Range<usize>, row: usize, budget: usize) -> Runs {
         // Step 3.
-        let weights = view.log_weights(heads, row);
-        let n = weights[0].len();
-        let largest = |from: usize| {
-            let to = (from + self.unit_keys).min(n);
-            let of = |w: &Vec<f32>| w[from..to].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            weights.iter().map(of).fold(f32::NEG_INFINITY, f32::max)
-        };
-        let scores: Vec<f32> = (0..n).step_by(self.unit_keys).map(largest).collect();
+        let scores = view.largest_log_weights(heads, row, self.unit_keys);
         // Step 2.
         let mut units = best(&scores, (budget / self.unit_keys).max(1));
         units.sort_unstable();
-        let keys = self.unit_keys as u32;
+        let (keys, end) = (self.unit_keys as u32, view.queries().start + row as u32 + 1);
         units
             .into_iter()
-            .map(|u| (u * keys, ((u + 1) * keys).min(n as u32)))
+            .map(|u| (u * keys, ((u + 1) * keys).min(end)))
             .collect()
     }
 }
