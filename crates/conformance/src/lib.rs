@@ -171,9 +171,13 @@ pub fn engine(model: &Arc<Model>, tokenizer: &Arc<Tokenizer>, traffic: &Traffic)
         let reuses = raw.program.as_ref().is_some_and(|p| p.chunk_use().is_some());
         let whole = raw.tokens.len() + raw.max_tokens.unwrap_or(0);
         let apart = sizes.bytes_for(whole) * 2 + sizes.shape().block_bytes() * (raw.documents.len() + 2);
-        match (cuts, reuses) {
-            (true, _) => twice,
-            (_, true) => apart,
+        // Copies of keys that are read again and again: of a quarter at most, in pages of their own.
+        let planner = raw.program.as_ref().and_then(|p| p.decode_planner());
+        let copies = planner.is_some_and(|p| p.repeated(whole) > 0);
+        match (cuts, reuses, copies) {
+            (true, ..) => twice,
+            (_, true, _) => apart,
+            (_, _, true) => sizes.bytes_for(whole) * 3 / 2 + sizes.shape().block_bytes(),
             _ => 0,
         }
     };

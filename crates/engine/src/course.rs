@@ -7,6 +7,7 @@ use antefix_attention::hooks::Told;
 use antefix_attention::method::{Axis, CachePolicy, LayerView, Program};
 use antefix_attention::sparse::Planning;
 use antefix_attention::{Angles, ChunkUse, Extra};
+use antefix_kernels::attend::PageLayout;
 use antefix_kv::{Edit, EditError, LayerEdit, Policy, Pool, SeqState};
 use antefix_models::decoder::Model;
 use antefix_state::PAGE_ROWS;
@@ -66,8 +67,8 @@ pub(crate) struct Course {
     reported: bool,
     angles: Option<Arc<Angles>>,
     planning: Option<Planning>,
-    /// Pairs of layer and KV head that are planned, and values of a head: what summaries of keys are counted by.
-    planned: (usize, usize),
+    /// Pairs of layer and KV head that are planned, and their pages: what is kept of keys is counted by these.
+    planned: (usize, PageLayout),
     decider: Option<Decider>,
     /// Tokens of the prompt behind which the policy decides first.
     decide_at: usize,
@@ -116,7 +117,7 @@ impl Course {
         let full = (0..model.spec().layers).filter(|&layer| model.geometry(layer).window.is_none());
         let kv = model.kv_shape();
         Self {
-            planned: (full.count() * kv.kv_heads, kv.dim),
+            planned: (full.count() * kv.kv_heads, kv.layout()),
             angles: rotation.map(|r| model.angles(r)),
             planning: Planning::of(&program, job.tokens.len()),
             program,
@@ -224,10 +225,10 @@ impl Course {
 
     /// Bytes that its planners need at most beside its pages, if it has `tokens` tokens.
     pub(crate) fn beside(&self, tokens: usize) -> usize {
-        let (runs, dim) = self.planned;
+        let (runs, layout) = self.planned;
         self.planning
             .as_ref()
-            .map_or(0, |p| p.summary_bytes(tokens, runs, dim))
+            .map_or(0, |p| p.summary_bytes(tokens, runs, layout))
     }
 
     /// The position that no step may pass before the policy has decided.

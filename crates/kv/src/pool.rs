@@ -33,7 +33,8 @@ impl KvShape {
         self.runs() * self.page_bytes()
     }
 
-    fn layout(&self) -> PageLayout {
+    /// The layout of a page.
+    pub fn layout(&self) -> PageLayout {
         PageLayout {
             dim: self.dim,
             dtype: self.dtype,

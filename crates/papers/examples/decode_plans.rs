@@ -141,7 +141,7 @@ impl Bench {
             }
         }
         let us = |spent: Duration| spent.as_secs_f64() * 1e6 / self.steps as f64;
-        let (all, planned) = (us(started.elapsed()), us(planned() - made));
+        let (all, planned) = (us(started.elapsed()), us(planned().saturating_sub(made)));
         (
             all,
             planned,

@@ -36,6 +36,13 @@ pub trait DecodePlanner: Send + Sync + Debug {
     fn summaries(&self) -> Vec<Summary> {
         Vec::new()
     }
+
+    /// How many keys of a layer and KV head one drawn token after the other reads, at most, in a sequence of `tokens`: of those that stand
+    /// alone in their pages copies are kept from token to token, and memory is set aside for that. 0: every token chooses anew.
+    fn repeated(&self, tokens: usize) -> usize {
+        let _ = tokens;
+        0
+    }
 }
 
 /// A [`DecodePlanner`] at work on one sequence.

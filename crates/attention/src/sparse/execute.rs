@@ -7,19 +7,19 @@
 
 use std::ops::Range;
 
-use antefix_kernels::attend::{self as kernel, Page, PageMut, StateMut, StateRef, View};
-use antefix_kv::KvDtype;
+use antefix_kernels::attend::{self as kernel, StateMut, StateRef, View};
 use antefix_state::plan::{Cover, Plan, Unit};
 use antefix_state::{PAGE_ROWS, PARTITION};
 
 use super::Stretch;
+use super::copies::{Copied, Copies, Packed};
 use crate::attend::{Ctx, Worker};
 
 /// Most query rows (tokens x heads of a group) of a task: keys that are packed serve all of them.
 const TASK_ROWS: usize = 512;
 
 /// A page of which more keys are read than these is read in place. Copying a key costs about a tenth of what a page costs 64 rows.
-const PACKED: u32 = 8;
+pub(super) const PACKED: u32 = 8;
 
 /// The rows of a stretch in pieces for one task each: inside a block of the plan, at most [`TASK_ROWS`] rows of `group` heads.
 ///
@@ -53,17 +53,6 @@ pub(crate) struct Scratch {
     one: [Vec<f32>; 3],
 }
 
-/// Keys and values copied out of pages of which few are read.
-#[derive(Default)]
-struct Packed {
-    k16: Vec<u16>,
-    v16: Vec<u16>,
-    k32: Vec<f32>,
-    v32: Vec<f32>,
-    /// Keys copied so far.
-    count: usize,
-}
-
 /// What the rows of one unit read, and how they see it.
 struct Reads<'a> {
     seq: usize,
@@ -95,6 +84,11 @@ impl Ctx<'_> {
         let plan: &Plan = &stretch.plan;
         let queries = s.pos0 + stretch.tokens.start as u32..s.pos0 + stretch.tokens.end as u32;
         let (at, last) = (s.pos0 as usize + tokens.start, s.pos0 as usize + tokens.end);
+        // Heads that read keys of their own would take turns with the copies of a group.
+        let copies = s
+            .planning()
+            .filter(|_| plan.unit == Unit::KvGroup)
+            .and_then(|planning| planning.copies(self.layer, head, at));
         let fold = |cover: &Cover, state: &mut StateMut<'_>, worker: &mut Worker| {
             let (bits, first_query) = match cover {
                 Cover::Dense => (vec![u32::MAX; last.div_ceil(PAGE_ROWS)], at),
@@ -110,7 +104,9 @@ impl Ctx<'_> {
                 last,
                 bits: &bits[..last.div_ceil(PAGE_ROWS)],
             };
-            self.fold(&reads, state, worker);
+            // Another row of the sequence may have them in its hands.
+            let mut copies = copies.as_ref().and_then(|copies| copies.try_lock().ok());
+            self.fold(&reads, copies.as_deref_mut(), state, worker);
         };
         match plan.unit {
             Unit::KvGroup => {
@@ -146,16 +142,24 @@ impl Ctx<'_> {
     }
 
     /// Folds the worker's queries over what they read, partition by partition.
-    fn fold(&self, reads: &Reads<'_>, state: &mut StateMut<'_>, worker: &mut Worker) {
+    fn fold(
+        &self,
+        reads: &Reads<'_>,
+        mut copies: Option<&mut Copies>,
+        state: &mut StateMut<'_>,
+        worker: &mut Worker,
+    ) {
         let dim = self.geometry.dim;
         let rows = worker.visible.len();
         worker.m.resize(rows, 0.0);
         worker.l.resize(rows, 0.0);
         worker.acc.resize(rows * dim, 0.0);
         kernel::reset(state);
-        let mut from = 0;
+        let (mut from, mut part) = (0, 0);
         while let Some(pages) = reads.partition(from) {
-            self.partition(reads, pages.clone(), worker);
+            let copied = copies.as_mut().map(|copies| copies.part(part));
+            self.partition(reads, pages.clone(), copied, worker);
+            part += 1;
             let Worker { m, l, acc, .. } = &*worker;
             kernel::merge(state, &StateRef { m, l, acc });
             from = pages.end;
@@ -163,7 +167,13 @@ impl Ctx<'_> {
     }
 
     /// The states of the worker's queries over the keys that they read of `pages`.
-    fn partition(&self, reads: &Reads<'_>, pages: Range<usize>, worker: &mut Worker) {
+    fn partition(
+        &self,
+        reads: &Reads<'_>,
+        pages: Range<usize>,
+        copied: Option<&mut Copied>,
+        worker: &mut Worker,
+    ) {
         let Worker {
             q,
             visible,
@@ -181,15 +191,20 @@ impl Ctx<'_> {
         };
         let diagonal = reads.first_query / PAGE_ROWS;
         let before = pages.start..pages.end.min(diagonal).max(pages.start);
-        let mut views = Vec::new();
-        packed.count = 0;
-        for i in before.clone() {
-            match reads.bits[i].count_ones() {
-                0 => {}
-                1..=PACKED => packed.push_all(dim, &view(i)),
-                _ => views.push(view(i)),
+        let rows = before.clone().map(|i| (i, reads.bits[i]));
+        let mut views: Vec<_> = rows
+            .clone()
+            .filter(|(_, bits)| bits.count_ones() > PACKED)
+            .map(|(i, _)| view(i))
+            .collect();
+        let few = rows.filter(|(_, bits)| (1..=PACKED).contains(&bits.count_ones()));
+        let packed: &Packed = match copied {
+            Some(copied) => copied.of(dim, few, view),
+            None => {
+                packed.fill(dim, few.map(|(i, _)| view(i)));
+                packed
             }
-        }
+        };
         packed.views(dim, self.pool.shape().dtype, &mut views);
         all.clear();
         all.resize(visible.len(), (0, (views.len() * PAGE_ROWS) as u32));
@@ -232,82 +247,5 @@ impl Reads<'_> {
             keys >= PARTITION
         });
         Some(start..full.map_or(self.bits.len(), |i| start + i + 1))
-    }
-}
-
-impl Packed {
-    /// Copies the keys that are read of a page.
-    fn push_all(&mut self, dim: usize, view: &View<'_>) {
-        let mut left = u64::from(view.rows);
-        while left != 0 {
-            let from = left.trailing_zeros() as usize;
-            let n = (left >> from).trailing_ones() as usize;
-            self.push(dim, &view.page, from..from + n);
-            left &= u64::MAX << (from + n);
-        }
-    }
-
-    /// Copies rows side by side, into the next page where one is full.
-    fn push(&mut self, dim: usize, from: &Page<'_>, mut rows: Range<usize>) {
-        while !rows.is_empty() {
-            let n = rows.len().min(PAGE_ROWS - self.count % PAGE_ROWS);
-            self.push_within(dim, from, rows.start..rows.start + n);
-            rows.start += n;
-        }
-    }
-
-    fn push_within(&mut self, dim: usize, from: &Page<'_>, rows: Range<usize>) {
-        let part = PAGE_ROWS * dim;
-        let (page, row) = (self.count / PAGE_ROWS, self.count % PAGE_ROWS);
-        let (at, end) = (page * part, (page + 1) * part);
-        let mut to = match from {
-            Page::Bf16 { .. } => {
-                grow(&mut self.k16, end, 0);
-                grow(&mut self.v16, end, 0);
-                PageMut::Bf16 {
-                    k: &mut self.k16[at..end],
-                    v: &mut self.v16[at..end],
-                }
-            }
-            Page::F32 { .. } => {
-                grow(&mut self.k32, end, 0.0);
-                grow(&mut self.v32, end, 0.0);
-                PageMut::F32 {
-                    k: &mut self.k32[at..end],
-                    v: &mut self.v32[at..end],
-                }
-            }
-        };
-        self.count += rows.len();
-        to.copy_rows(row, from, rows);
-    }
-
-    /// Appends the pages of the copied keys.
-    fn views<'a>(&'a self, dim: usize, dtype: KvDtype, out: &mut Vec<View<'a>>) {
-        let part = PAGE_ROWS * dim;
-        out.extend((0..self.count.div_ceil(PAGE_ROWS)).map(|page| {
-            let span = page * part..(page + 1) * part;
-            let keys = PAGE_ROWS.min(self.count - page * PAGE_ROWS);
-            View {
-                page: match dtype {
-                    KvDtype::Bf16 => Page::Bf16 {
-                        k: &self.k16[span.clone()],
-                        v: &self.v16[span],
-                    },
-                    KvDtype::F32 => Page::F32 {
-                        k: &self.k32[span.clone()],
-                        v: &self.v32[span],
-                    },
-                },
-                rows: u32::MAX >> (PAGE_ROWS - keys),
-            }
-        }));
-    }
-}
-
-/// At least `len` values.
-fn grow<T: Copy>(values: &mut Vec<T>, len: usize, zero: T) {
-    if values.len() < len {
-        values.resize(len, zero);
     }
 }

@@ -3,6 +3,7 @@
 //! A [`Planning`] follows one sequence: its planners, what they have summed up of the keys, and the figures that are reported.
 //! [`reference()`] is the execution as the definition writes it; [`attend`](crate::attend()) executes plans with the kernels.
 
+mod copies;
 mod execute;
 pub mod json;
 mod listed;

@@ -1,15 +1,19 @@
 //! The planner of one sequence at work.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use antefix_kernels::attend::PageLayout;
 use antefix_kernels::ops::Rope;
 use antefix_kernels::{cpu::Cpu, team::Team};
 use antefix_kv::Pool;
+use antefix_state::PAGE_ROWS;
 use antefix_state::plan::{Plan, Unit};
 
+use super::copies::Copies;
 use super::view::{PlanView, Summaries};
 use crate::attend::{Geometry, lock};
 use crate::method::{DecodePlanner, DecodeSteps, Planner, Program};
@@ -26,6 +30,8 @@ pub struct Planning {
     /// Tokens from here on were drawn.
     prompt: usize,
     summaries: Summaries,
+    /// What drawn rows read again and again, by layer and KV head.
+    copies: Mutex<HashMap<(usize, usize), Arc<Mutex<Copies>>>>,
     given: Tally,
     drawn: Tally,
     nanos: AtomicU64,
@@ -103,6 +109,7 @@ impl Planning {
             decode: decode.map(begin),
             prompt,
             summaries,
+            copies: Mutex::default(),
             given: Tally::default(),
             drawn: Tally::default(),
             nanos: AtomicU64::new(0),
@@ -177,6 +184,7 @@ impl Planning {
     /// Forgets what was planned and summed up: the sequence begins again.
     pub fn restart(&mut self) {
         self.summaries.clear();
+        lock(&self.copies).clear();
         (self.given, self.drawn) = (Tally::default(), Tally::default());
         self.nanos = AtomicU64::new(0);
         if let Some((planner, steps)) = &self.decode {
@@ -185,20 +193,36 @@ impl Planning {
         self.take_plans();
     }
 
-    /// Bytes at most of what is summed up of the first `tokens` keys, in `runs` pairs of layer and KV head, heads of `dim` values. Tables
+    /// Bytes at most of what is summed up of the first `tokens` keys and of copies of them, in `runs` pairs of layer and KV head. Tables
     /// around the values are not counted, as those of pages are not.
-    pub fn summary_bytes(&self, tokens: usize, runs: usize, dim: usize) -> usize {
-        self.summaries.bytes_for(tokens, runs, dim)
+    pub fn summary_bytes(&self, tokens: usize, runs: usize, layout: PageLayout) -> usize {
+        let copied = Copies::rows_for(self.repeated(tokens), tokens) * runs * layout.bytes() / PAGE_ROWS;
+        self.summaries.bytes_for(tokens, runs, layout.dim) + copied
     }
 
-    /// Bytes of what is summed up now.
+    /// Bytes of what is summed up and copied now.
     pub fn summary_bytes_now(&self) -> usize {
-        self.summaries.bytes()
+        let copied = lock(&self.copies);
+        self.summaries.bytes() + copied.values().map(|copies| lock(copies).bytes()).sum::<usize>()
     }
 
-    /// Forgets what was summed up of keys behind the first `len`: others may come.
+    /// Forgets what was summed up and copied of keys behind the first `len`: others may come.
     pub fn truncate(&self, len: usize) {
         self.summaries.truncate(len);
+        lock(&self.copies)
+            .values()
+            .for_each(|copies| lock(copies).truncate(len));
+    }
+
+    fn repeated(&self, tokens: usize) -> usize {
+        let planner = self.decode.as_ref().map(|(planner, _)| planner);
+        planner.map_or(0, |planner| planner.repeated(tokens))
+    }
+
+    /// Where copies are kept for the row at `pos` in one layer and KV head; `None` if it reads nothing again and again.
+    pub(super) fn copies(&self, layer: usize, head: usize, pos: usize) -> Option<Arc<Mutex<Copies>>> {
+        let some = pos >= self.prompt && self.repeated(pos + 1) > 0;
+        some.then(|| Arc::clone(lock(&self.copies).entry((layer, head)).or_default()))
     }
 
     fn plan(&self, rows: AttentionView<'_>, rope: &Rope) -> Plan {

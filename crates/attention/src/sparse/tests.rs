@@ -12,7 +12,7 @@ use antefix_kv::{KvDtype, KvShape, Pool, SeqKv};
 use antefix_state::plan::{Builder, Cover, Plan, Scope, Unit};
 
 use super::*;
-use crate::method::Planner;
+use crate::method::{DecodePlanner, DecodeSteps, Planner};
 use crate::readout::AttentionView;
 use crate::tests::noise;
 use crate::{Extra, Geometry, Scratch, SeqRows, Sharing, attend};
@@ -317,6 +317,100 @@ fn drawn_rows_are_dense() {
     let dense = case.run(Cpu::best(), None, (160, 200));
     assert!(case.run(Cpu::best(), Some(&planning), (160, 200)) == dense);
     assert_eq!(planning.density(), None);
+}
+
+/// Drawn rows that read a few single keys, chosen again at every eighth position, and all behind.
+#[derive(Debug, Clone)]
+struct Again {
+    lots: Arc<Lots>,
+    /// What it says of repeated keys.
+    repeated: usize,
+}
+
+impl DecodePlanner for Again {
+    fn start(&self) -> Box<dyn DecodeSteps> {
+        Box::new(self.clone())
+    }
+
+    fn repeated(&self, _tokens: usize) -> usize {
+        self.repeated
+    }
+}
+
+impl DecodeSteps for Again {
+    fn plan(&mut self, view: &PlanView<'_>) -> Plan {
+        view.plan(Unit::KvGroup, |unit| {
+            let mut builder = Builder::new(1, view.queries());
+            for pos in view.queries() {
+                let at = pos - pos % 8;
+                let keep = (0..at).filter(|&k| self.lots.keeps(unit, at, k));
+                builder.push(keep.map(|k| (k, k + 1)).chain([(at, pos)]));
+            }
+            builder.finish()
+        })
+    }
+}
+
+#[test]
+fn copies_that_are_kept_from_token_to_token_change_no_bit() {
+    let (n, prompt) = (6000, 5900);
+    for dtype in [KvDtype::F32, KvDtype::Bf16] {
+        let mut case = Case::new((6, 2, 32), dtype, n);
+        let lots = Arc::new(Lots {
+            grain: 1,
+            block: 1,
+            unit: Unit::KvGroup,
+            keep: 14,
+            run: 2,
+        });
+        let planning = |repeated: usize| {
+            let lots = Arc::clone(&lots);
+            Planning::new(None, Some(Arc::new(Again { lots, repeated })), prompt)
+        };
+        let (kept, none) = (planning(n / 4), planning(0));
+        // Several rows of a step take turns with the copies.
+        for (from, to) in [
+            (5900, 5901),
+            (5901, 5902),
+            (5902, 5907),
+            (5907, 5921),
+            (5921, 5922),
+            (5922, 5923),
+        ] {
+            let want = case.run(Cpu::best(), Some(&none), (from, to));
+            assert!(
+                case.run(Cpu::best(), Some(&kept), (from, to)) == want,
+                "{dtype:?} {from}"
+            );
+        }
+        let layout = case.pool.shape().layout();
+        let bytes = kept.summary_bytes_now();
+        assert!(bytes > 0 && bytes <= kept.summary_bytes(n, 2, layout));
+        assert_eq!(
+            (none.summary_bytes_now(), none.summary_bytes(n, 2, layout)),
+            (0, 0)
+        );
+
+        // Other keys come behind position 5,000: copies of those before stay.
+        let (rows, width) = (n - 5000, 2 * 32);
+        case.pool.write(
+            &case.seq,
+            0,
+            5000,
+            &noise(77, rows * width),
+            &noise(78, rows * width),
+        );
+        let want = case.run(Cpu::best(), Some(&none), (5922, 5923));
+        assert!(
+            case.run(Cpu::best(), Some(&kept), (5922, 5923)) != want,
+            "copies are used"
+        );
+        kept.truncate(5000);
+        assert!(kept.summary_bytes_now() > 0);
+        assert!(case.run(Cpu::best(), Some(&kept), (5922, 5923)) == want);
+        kept.truncate(0);
+        assert_eq!(kept.summary_bytes_now(), 0);
+    }
 }
 
 #[test]

@@ -131,6 +131,14 @@ impl DecodePlanner for Hip {
             found: Vec::new(),
         })
     }
+
+    fn repeated(&self, tokens: usize) -> usize {
+        let all = |budget| self.kept() + self.searched(budget).next_multiple_of(self.search.unit_keys);
+        match (self.refresh, self.unit) {
+            (2.., Unit::KvGroup) => self.budget.keys(tokens).map_or(0, all),
+            _ => 0,
+        }
+    }
 }
 
 /// What a token found.
@@ -187,15 +195,23 @@ impl DecodeSteps for Steps {
 }
 
 impl Hip {
+    /// Keys that are read without a search.
+    fn kept(&self) -> usize {
+        self.search.behind(self.sinks) + self.window
+    }
+
+    /// Keys that are searched for, of `budget` keys in all.
+    fn searched(&self, budget: usize) -> usize {
+        budget.saturating_sub(self.kept()).max(self.search.unit_keys)
+    }
+
     /// What row `row` at position `at` reads for `heads`, which share keys.
     fn find(&self, view: &PlanView<'_>, heads: Range<usize>, row: usize, at: usize) -> Vec<(u32, u32)> {
         let Some(budget) = self.budget.keys(at + 1) else {
             return vec![(0, at as u32)];
         };
         let (end, sinks) = (at.saturating_sub(self.window), self.search.behind(self.sinks));
-        let count = budget
-            .saturating_sub(sinks + self.window)
-            .max(self.search.unit_keys);
+        let count = self.searched(budget);
         let kv_head = heads.start / view.group();
         let q: Vec<f32> = heads.flat_map(|head| view.query(row, head)).collect();
         let mut runs = vec![(0, sinks as u32)];
