@@ -54,7 +54,8 @@ c() { # prompts: time, density, recall, predictions, the pictures of item d; ans
     --sweep dense --sweep "xattention,tau=0.9,$group" --sweep block_topk,keep=64 --sweep "flexprefill,gamma=0.98,$group" # 30 min
 }
 
-e() { # drawn tokens; answers at the same settings; 20 min
+e() { # drawn tokens; what choosing costs them, without a model; answers at the same settings; 20 min
+  cargo run --release -p antefix-papers --example decode_plans -- --lengths 4096,16384,32768 >> "$out/decode-plans.jsonl"
   local methods=tidaldecode,tidaldecode,recall=1,hip_decode,quest,a_shape_decode
   rows sparse-decode.jsonl bench --sparse -m $qwen --lengths 16384,32000 --text "$text" -n 32 --batch 1,4,8 --json --methods $methods
   rows sparse-decode.jsonl bench --sparse --shared -m $qwen --lengths 16384 --text "$text" -n 32 --batch 8,32 --json --methods $methods # 2 min

@@ -8,7 +8,7 @@
 //! # When it helps
 //! Answers to long prompts: a search looks at few keys, and only once in `refresh` tokens. What a token looks for that none before
 //! it needed is missed until the next search.
-//! Tokens of Qwen2.5-Coder come 1.7 times as fast as densely behind 16,320 tokens, 1.9 times with four sequences (AVX2; docs/results.md).
+//! Tokens of Qwen2.5-Coder come 2.4 times as fast as densely behind 32,000 tokens, 3.3 times with eight sequences (AVX2; docs/results.md).
 //! Facts want small units: of six needles there units of 2 keys find six, of 8 five, of 32 two; of the names in six chains of variables units
 //! of 2 find 0.71, of 8 0.38, dense attention 0.75.
 //!
@@ -27,7 +27,9 @@
 //! # Cost
 //! With T keys of which k are searched for, a search is `log2(T / k)` rounds of at most `2 k / key_stride` products with each query of the group.
 //! With the defaults at 16K it looks at 7,400 keys, 920 for each of the 8 tokens that it serves, without their values; a token reads 1,024 keys.
-//! Reported as `plan_s`.
+//! Where that is more than one in thirty, as with the defaults, all keys are scored in one pass, which costs less than to collect some: half of
+//! what a dense token costs, once in `refresh` tokens, and `sample=all` costs the same. Reported as `plan_s`. What was found is copied side
+//! by side until the next search: beside the cache, counted with it, one sixteenth of its size with the defaults.
 //!
 //! # Differences from the paper
 //! Sinks and window count in the budget, so that methods can be compared at equal numbers of keys. Keys that leave the window before the next search

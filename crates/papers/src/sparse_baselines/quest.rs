@@ -7,8 +7,8 @@
 //! # When it helps
 //! Answers to long prompts. Every layer chooses for itself, so that nothing is missed that only one layer looks at; the bound is loose where heads are
 //! narrow, and then pages that matter lose against others.
-//! Tokens of Qwen2.5-Coder come 1.1 times as fast as densely behind 16,384 tokens, 1.2 behind 32,000, 1.5 there with eight
-//! sequences (docs/results.md).
+//! Tokens of Qwen2.5-Coder come 1.8 times as fast as densely behind 16,320 tokens, 2.2 behind 32,000, 3.1 there with eight
+//! sequences (AVX2; docs/results.md).
 //!
 //! # Steps
 //! 1. Bound of a page for a query: over the dimensions, the sum of the larger of `q min` and `q max`.

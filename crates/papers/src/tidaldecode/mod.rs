@@ -8,8 +8,8 @@
 //! # When it helps
 //! Answers to long prompts, from about 8K tokens on: below, weights cost more than keys. A key that matters only in a layer behind the selection is
 //! missed.
-//! Tokens of Qwen2.5-Coder come 1.3 times as fast as densely behind 16,384 tokens, 1.4 behind 32,000, 2.3 there with eight
-//! sequences, but this model's predictions move far (docs/results.md).
+//! Tokens of Qwen2.5-Coder come 1.7 times as fast as densely behind 16,320 tokens, 2.5 behind 32,000, 3.0 there with eight
+//! sequences (AVX2), but this model's predictions move far (docs/results.md).
 //!
 //! # Steps
 //! 1. (3.1) Layers before `start` are dense.
