@@ -53,9 +53,14 @@ impl Bench {
 
     /// With room for `tokens` tokens.
     fn engine(&self, tokens: usize, budget: Budget) -> Engine {
+        self.engine_beside(0, tokens, budget)
+    }
+
+    /// The same, with `beside` more bytes.
+    fn engine_beside(&self, beside: usize, tokens: usize, budget: Budget) -> Engine {
         let sizes = antefix_kv::Pool::new(self.model.kv_shape(), 0);
         let options = Options {
-            kv_bytes: sizes.bytes_for(tokens),
+            kv_bytes: sizes.bytes_for(tokens) + beside,
             context: usize::MAX,
             budget,
         };
@@ -64,6 +69,20 @@ impl Bench {
 
     fn roomy(&self, rows: usize) -> Engine {
         self.engine(1 << 16, budget(rows))
+    }
+
+    /// Pairs of a layer without a window and a KV head.
+    fn runs(&self) -> usize {
+        let full = |layer: &usize| self.model.geometry(*layer).window.is_none();
+        (0..self.model.spec().layers).filter(full).count() * self.model.kv_shape().kv_heads
+    }
+
+    /// Bytes of the copies that the planner of drawn tokens keeps at most, in a sequence of fewer than 1,024 `tokens`: of a quarter of them, in
+    /// whole pages.
+    fn copies(&self, program: &Program, tokens: usize) -> usize {
+        let repeated = program.decode_planner().map_or(0, |p| p.repeated(tokens));
+        let pages = repeated.min(tokens / 4).div_ceil(PAGE_ROWS);
+        pages * self.runs() * self.model.kv_shape().page_bytes()
     }
 
     /// The methods, with settings under which they leave something out of a short text.
@@ -348,7 +367,8 @@ fn who_loses_its_memory_while_it_draws_goes_on_with_the_same_bits() {
                 let arrivals: Vec<(usize, RawJob)> = (0..3)
                     .map(|n| (n, request(20 + n as u32, 150, 170, Some(&program))))
                     .collect();
-                let mut engine = bench.engine(576, budget(64));
+                let beside = 3 * bench.copies(&program, 320);
+                let mut engine = bench.engine_beside(beside, 576, budget(64));
                 let (mut drawing, mut before) = (0, BTreeMap::new());
                 let together = run_watched(&mut engine, &arrivals, |engine| {
                     let now: BTreeMap<SeqId, usize> =
@@ -411,9 +431,7 @@ fn summaries_of_keys_are_counted_and_given_back() {
     let mut keep = Vec::new();
     for arch in ARCHS {
         let bench = Bench::new(arch);
-        let (shape, layers) = (bench.model.kv_shape(), 0..bench.model.spec().layers);
-        let full = layers.filter(|&layer| bench.model.geometry(layer).window.is_none());
-        let runs = full.count() * shape.kv_heads;
+        let (shape, runs) = (bench.model.kv_shape(), bench.runs());
         for &method in &methods {
             let (name, program) = (method.card().name, bench.program(&[method]));
             // 20 full pages and one window of 512 keys, in the prompt as behind the answer.
@@ -421,7 +439,7 @@ fn summaries_of_keys_are_counted_and_given_back() {
                 "flexprefill" | "block_topk" => 20 * runs * shape.dim * 4,
                 "quest" => 20 * runs * 2 * shape.dim * 4,
                 "dhsa" => 32 * (runs * shape.dim + 1) * 4,
-                _ => 0,
+                _ => bench.copies(&program, 650),
             };
             let raw = request(50, 640, 10, Some(&program));
             let (mut engine, mut most) = (bench.roomy(64), 0);
@@ -436,8 +454,8 @@ fn summaries_of_keys_are_counted_and_given_back() {
             assert_eq!(most, 21 * shape.block_bytes() + bytes, "{arch:?}, {name}");
             let kept = outcome[0].report.as_ref().unwrap().plan.unwrap().summary_bytes;
             match name {
-                // Its boundaries may leave fewer chunks than there may be.
-                "dhsa" => assert!(kept > 0 && kept <= bytes, "{kept} of {bytes}"),
+                // Its boundaries may leave fewer chunks than there may be; keys that are found may stand together.
+                "dhsa" | "hip_decode" => assert!(kept > 0 && kept <= bytes, "{kept} of {bytes}"),
                 _ => assert_eq!(kept, bytes, "{arch:?}, {name}"),
             }
             if bytes > 0 {
@@ -445,7 +463,7 @@ fn summaries_of_keys_are_counted_and_given_back() {
             }
         }
     }
-    assert_eq!(keep.len(), 8, "{keep:?}");
+    assert_eq!(keep.len(), 10, "{keep:?}");
 }
 
 /// A request whose pages fit, but not what its planner keeps beside them, is refused.
