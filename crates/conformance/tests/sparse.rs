@@ -367,7 +367,8 @@ fn who_loses_its_memory_while_it_draws_goes_on_with_the_same_bits() {
                 let arrivals: Vec<(usize, RawJob)> = (0..3)
                     .map(|n| (n, request(20 + n as u32, 150, 170, Some(&program))))
                     .collect();
-                let beside = 3 * bench.copies(&program, 320);
+                // Two requests begin to draw, and do not both come to the end.
+                let beside = 2 * bench.copies(&program, 320);
                 let mut engine = bench.engine_beside(beside, 576, budget(64));
                 let (mut drawing, mut before) = (0, BTreeMap::new());
                 let together = run_watched(&mut engine, &arrivals, |engine| {
